@@ -1,0 +1,1 @@
+"""Random tickets for PyTorch: train a sparse network chosen before the first batch."""
