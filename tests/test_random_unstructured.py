@@ -321,8 +321,9 @@ def test_one_instance_without_a_seed_draws_anew_each_time(method):
 
 @pytest.mark.parametrize(("amount", "seed"), [(0.5, 3), (0, None), (0.0, None)])
 def test_global_generator_is_untouched_where_it_is_not_needed(amount, seed):
+    module = nn.Linear(4, 4)
     before = torch.get_rng_state()
-    random_unstructured(nn.Linear(4, 4, device="meta"), "weight", amount, seed)
+    random_unstructured(module, "weight", amount, seed)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -340,6 +341,11 @@ def test_seed_alone_decides():
         random_unstructured(module, "weight", 0.7, seed=11)
         assert torch.equal(module.weight_mask.real.float(), expected), label
     assert not torch.equal(random_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.7, seed=12).weight_mask, expected)
+
+
+def test_mask_of_a_seed_is_for_ever():
+    mask = RandomUnstructured(8, seed=0).compute_mask(torch.ones(16), torch.ones(16))
+    assert mask.int().tolist() == [1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0]
 
 
 def test_masks_of_one_seed_are_nested():
@@ -399,6 +405,13 @@ def test_complex():
 def test_transposed_tensor():
     t = torch.arange(1.0, 13.0).view(3, 4).T
     assert int((RandomUnstructured(5).prune(t) == 0).sum()) == 5
+
+
+def test_meta_device(method):
+    module = nn.Linear(100, 100, device="meta")
+    method.apply(module, "weight", 0.5)
+    assert module.weight_mask.is_meta
+    assert module.weight_mask.shape == (100, 100)
 
 
 # ---------------------------------------------------------------------- errors leave the module as it was
