@@ -1,0 +1,174 @@
+"""How much of each layer is pruned: from one sparsity, or one for each layer, to a number of units for each layer."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from .patterns import pruned_units
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+def validate_sparsity(value: object, what: str = "sparsity") -> float:
+    """`value` as a float in [0, 1); errors speak of `what`.
+
+    Raises:
+        TypeError: a bool, or no real number.
+        ValueError: NaN, negative, or 1 and above.
+
+    >>> validate_sparsity(0)
+    0.0
+    >>> validate_sparsity(90)
+    Traceback (most recent call last):
+    ...
+    ValueError: sparsity must lie in [0, 1), got 90: it is the fraction of weights removed, for example 0.9
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{what} must be a number in [0, 1), got {value!r} (a {type(value).__name__})")
+    number: Any = value
+    if not (0 <= number < 1 and float(number) < 1):  # NaN fails, and so does a fraction that rounds to 1.0
+        raise ValueError(
+            f"{what} must lie in [0, 1), got {value!r}: it is the fraction of weights removed, for example 0.9"
+        )
+    return float(number)
+
+
+def uniform(units: Mapping[str, int], sparsity: float) -> dict[str, int]:
+    """The same sparsity in each layer: ``round(sparsity * units)`` of its units.
+
+    >>> uniform({"0": 235, "2": 5}, 0.9)
+    {'0': 212, '2': 4}
+    """
+    sparsity = validate_sparsity(sparsity)
+    return {name: pruned_units(sparsity, count) for name, count in units.items()}
+
+
+def by_name(units: Mapping[str, int], sparsities: Mapping[str, float]) -> dict[str, int]:
+    """A sparsity for each layer, chosen by fnmatch patterns: the first match wins, unmatched layers stay dense.
+
+    Args:
+        units: layer name -> its number of units.
+        sparsities: fnmatch pattern of layer names -> sparsity.
+
+    Raises:
+        ValueError: a pattern matches no layer, or a sparsity is outside [0, 1).
+        TypeError: a pattern is no string, or a sparsity no number.
+
+    >>> by_name({"conv1": 100, "layer1.conv": 200, "fc": 50}, {"layer1.*": 0.9, "conv*": 0.5})
+    {'conv1': 50, 'layer1.conv': 180, 'fc': 0}
+    """
+    require_matches(sparsities, units)
+    valid = {
+        pattern: validate_sparsity(sparsity, f"the sparsity of {pattern!r}") for pattern, sparsity in sparsities.items()
+    }
+    pruned = {}
+    for name, count in units.items():
+        sparsity = next((valid[pattern] for pattern in valid if fnmatchcase(name, pattern)), 0.0)
+        pruned[name] = pruned_units(sparsity, count)
+    return pruned
+
+
+def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The Erdős–Rényi-Kernel distribution: large layers become sparser than small ones.
+
+    The density of a layer is proportional to ``sum(shape) / prod(shape)``, so the weights it keeps are proportional to
+    ``sum(shape)``. A layer that would keep more than it has becomes dense and the others share what it cannot take
+    (Evci et al., Rigging the Lottery, arXiv 1911.11134). Exactly ``round(sparsity * total)`` weights are pruned in all.
+
+    A higher sparsity never prunes less of any layer: units are kept in a fixed order, layer by layer as the density
+    grows (Webster's method of apportionment), and the sparsity only says where to stop.
+
+    Args:
+        shapes: layer name -> full shape of its weight.
+        sparsity: fraction of all these weights that is pruned.
+        units: layer name -> number of units, where a unit is more than one weight. The budget is still in weights, and
+            the total is the nearest to it that the order of the units allows: at most half the largest unit away.
+
+    >>> erk({"conv": (16, 3, 3, 3), "fc": (100, 100)}, 0.9)
+    {'conv': 316, 'fc': 9073}
+    >>> erk({"small": (4, 4), "large": (100, 100)}, 0.5)
+    {'small': 0, 'large': 5008}
+    """
+    sparsity = validate_sparsity(sparsity)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    counts = sizes if units is None else {name: units[name] for name in shapes}
+    unit_sizes = {}
+    for name, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"layer {name!r} of shape {tuple(shapes[name])} has no weights to distribute")
+        if not (counts[name] > 0 and size % counts[name] == 0):
+            raise ValueError(f"{counts[name]} units do not divide the {size} weights of layer {name!r} evenly")
+        unit_sizes[name] = size // counts[name]
+    total = sum(sizes.values())
+    budget = total - pruned_units(sparsity, total)
+    shares = {name: sum(shape) or 1 for name, shape in shapes.items()}
+    scale = _water_level(sizes, shares, budget)
+
+    def turn(name: str, unit: int) -> Fraction:
+        """The scale at which a layer keeps its unit number `unit` (from 1), by rounding to the nearest."""
+        return Fraction((2 * unit - 1) * unit_sizes[name], 2 * shares[name])
+
+    kept = {
+        name: min(counts[name], math.floor(scale * shares[name] / unit_sizes[name] + Fraction(1, 2))) for name in shapes
+    }
+    excess = sum(kept[name] * unit_sizes[name] for name in shapes) - budget
+    order = {name: position for position, name in enumerate(shapes)}
+    while excess > 0:
+        last = max((name for name in shapes if kept[name]), key=lambda name: (turn(name, kept[name]), order[name]))
+        kept[last] -= 1
+        excess -= unit_sizes[last]
+    while excess < 0:
+        following = min(
+            (name for name in shapes if kept[name] < counts[name]),
+            key=lambda name: (turn(name, kept[name] + 1), order[name]),
+        )
+        if excess + unit_sizes[following] >= -excess:
+            break
+        kept[following] += 1
+        excess += unit_sizes[following]
+    return {name: counts[name] - kept[name] for name in shapes}
+
+
+def require_matches(patterns: Iterable[str], names: Iterable[str], what: str = "pattern") -> None:
+    """Raise ``ValueError`` for the first of the fnmatch patterns that matches no name, and say which names are close.
+
+    >>> require_matches(["layer1.*"], ["conv1", "layer1.0", "fc"])
+    >>> require_matches(["layr1.0"], ["conv1", "layer1.0", "fc"])
+    Traceback (most recent call last):
+    ...
+    ValueError: pattern 'layr1.0' matches no layer; close names: 'layer1.0'
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{what} must be a string with a layer's name, where * and ? are wild, got {pattern!r}")
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        close = get_close_matches(pattern, names, n=3, cutoff=0.5)
+        listed = close or names[:5]
+        more = "" if close or len(names) <= 5 else ", …"
+        told = (
+            f"{'close names' if close else 'there are'}: {', '.join(map(repr, listed))}{more}"
+            if listed
+            else "none exist"
+        )
+        raise ValueError(f"{what} {pattern!r} matches no layer; {told}")
+
+
+def _water_level(sizes: Mapping[str, int], shares: Mapping[str, int], budget: int) -> Fraction:
+    """The scale at which ``sum(min(size, scale * share))`` is the budget."""
+    open_ = dict(sizes)
+    while open_:
+        scale = Fraction(budget, sum(shares[name] for name in open_))
+        full = [name for name, size in open_.items() if scale * shares[name] > size]
+        if not full:
+            return scale
+        for name in full:
+            budget -= open_.pop(name)
+    return Fraction(0)

@@ -1,0 +1,82 @@
+"""How the penalty grows: functions from progress (0 … 1) to the fraction of its ceiling that it has reached."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from functools import partial
+from numbers import Real
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def linear(progress: float) -> float:
+    """Grow evenly, as in the Dual Lottery Ticket paper.
+
+    >>> linear(0.5)
+    0.5
+    """
+    return progress
+
+
+def quadratic(progress: float) -> float:
+    """Grow slowly at first: progress squared.
+
+    >>> quadratic(0.5)
+    0.25
+    """
+    return progress**2
+
+
+def cubic(progress: float) -> float:
+    """Grow slower still at first: progress cubed.
+
+    >>> cubic(0.5)
+    0.125
+    """
+    return progress**3
+
+
+SCHEDULES = {"linear": linear, "quadratic": quadratic, "cubic": cubic}
+
+
+def resolve(schedule: str | Callable[[float], float]) -> Callable[[float], float]:
+    """The function that a name stands for, or the given one; either is checked at every call to return a finite number.
+
+    Raises:
+        ValueError: an unknown name; at a call: the function returned NaN or an infinity.
+        TypeError: neither a name nor callable; at a call: the function returned something that is no real number.
+
+    >>> resolve("quadratic")(0.5), resolve(lambda progress: min(1, 2 * progress))(0.75)
+    (0.25, 1.0)
+    >>> resolve("quadratik")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown schedule 'quadratik' (did you mean 'quadratic'?); allowed are 'linear', ...
+    """
+    allowed = f"allowed are {', '.join(map(repr, SCHEDULES))} or a function from progress (0 … 1) to a fraction"
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            close = get_close_matches(schedule, SCHEDULES, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown schedule {schedule!r}{hint}; {allowed}")
+        return partial(_checked, SCHEDULES[schedule])
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a name or a function, got {schedule!r}; {allowed}")
+    return partial(_checked, schedule)
+
+
+def _checked(schedule: Callable[[float], float], progress: float) -> float:
+    value = schedule(progress)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"schedule {schedule!r} returned {value!r} (a {type(value).__name__}) at progress {progress}; "
+            "it must return a finite float: wrap the result in float()"
+        )
+    if not math.isfinite(value):
+        raise ValueError(
+            f"schedule {schedule!r} returned {value!r} at progress {progress}; it must return a finite float"
+        )
+    return float(value)
