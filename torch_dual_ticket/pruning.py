@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from .masks import MaskSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
-    from typing import Any
 
 
 class RandomUnstructured(prune.RandomUnstructured):
@@ -104,7 +103,9 @@ class RandomUnstructured(prune.RandomUnstructured):
         """
         with _unchanged_on_error(module):
             stock_apply = super(prune.RandomUnstructured, cls).apply
-            hook: prune.BasePruningMethod = stock_apply(module, name, amount=amount, seed=seed)  # type: ignore[no-untyped-call]
+            hook: prune.BasePruningMethod = stock_apply(  # type: ignore[no-untyped-call]
+                module, name, amount=amount, seed=seed
+            )
         return hook
 
 
@@ -137,6 +138,38 @@ def random_unstructured(module: nn.Module, name: str, amount: float, seed: int |
     """
     RandomUnstructured.apply(module, name, amount, seed)
     return module
+
+
+def check_stock_layout(name: str, parameter: Tensor | None, *, tied: bool, parametrised: bool) -> None:
+    """Whether the stock layout can carry a parameter; ``ValueError`` names the one that it cannot."""
+    if tied:
+        reason = "is tied, and two layers cannot share a `weight_orig` and keep one mask"
+    elif parametrised:
+        reason = "is parametrised, and the stock layout replaces the attribute that the parametrisation computes"
+    elif parameter is None or type(parameter) is not nn.Parameter:
+        reason = f"is a {type(parameter).__name__}, which a mask buffer cannot be multiplied into"
+    else:
+        return
+    raise ValueError(
+        f"{name} {reason}. Leave the model in the plain layout, or take the layer out with prune.remove first."
+    )
+
+
+def to_stock_layout(module: nn.Module, name: str, kept: Tensor) -> None:
+    """Give a parameter the layout that ``torch.nn.utils.prune`` works on: ``name_orig``, ``name_mask`` and a hook.
+
+    The parameter object and its position among the module's parameters stay, so that an optimizer's state still fits.
+    """
+    method: Any = prune.CustomFromMask(kept)
+    method._tensor_name = name
+    parameters = {f"{name}_orig" if key == name else key: value for key, value in module._parameters.items()}
+    module._parameters.clear()
+    module._parameters.update(parameters)
+    orig = module._parameters[f"{name}_orig"]
+    assert orig is not None
+    module.register_buffer(f"{name}_mask", torch.empty_like(orig, requires_grad=False).copy_(kept))
+    setattr(module, name, method.apply_mask(module))
+    module.register_forward_pre_hook(method)
 
 
 @contextmanager

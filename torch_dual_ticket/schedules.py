@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from numbers import Real
@@ -80,3 +81,44 @@ def _checked(schedule: Callable[[float], float], progress: float) -> float:
             f"schedule {schedule!r} returned {value!r} at progress {progress}; it must return a finite float"
         )
     return float(value)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """λ over the ticks: in each cycle a rise of ``steps`` ticks and a ``hold`` at the ceiling.
+
+    Args:
+        steps: ticks over which λ rises, at least 1.
+        hold: ticks after that at the ceiling.
+        cycles: how often that happens.
+        max_penalty: the ceiling.
+        schedule: progress of the rise (0 … 1) -> fraction of the ceiling.
+
+    >>> timeline = Timeline(steps=4, hold=1, cycles=2, max_penalty=1.0, schedule=linear)
+    >>> [timeline.penalty(ticks) for ticks in range(timeline.ticks + 1)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    """
+
+    steps: int
+    hold: int
+    cycles: int
+    max_penalty: float
+    schedule: Callable[[float], float]
+
+    @property
+    def ticks_per_cycle(self) -> int:
+        return self.steps + self.hold
+
+    @property
+    def ticks(self) -> int:
+        """Of all cycles together."""
+        return self.cycles * self.ticks_per_cycle
+
+    def cycle(self, ticks: int) -> int:
+        """The cycle, from 0, after so many ticks."""
+        return min(ticks // self.ticks_per_cycle, self.cycles - 1)
+
+    def penalty(self, ticks: int) -> float:
+        """λ of the update that follows so many ticks."""
+        within = ticks - self.cycle(ticks) * self.ticks_per_cycle
+        return self.max_penalty * self.schedule(min(1.0, (within + 1) / self.steps))

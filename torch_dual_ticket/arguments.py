@@ -1,0 +1,113 @@
+"""Checks of what a user gives to the scheduler, all made before anything is changed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from .tickets import holder_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .masks import MaskSpec
+    from .targets import Target
+
+STATE_VERSION = 1
+
+
+def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
+    """An integer, not a bool, of at least a bound."""
+    allowed = "an integer" if at_least is None else f"an integer of at least {at_least}"
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be {allowed}, got the bool {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {allowed}, got {value!r} (a {type(value).__name__})") from None
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def check_penalty(value: Any) -> float:
+    """The ceiling of λ: finite and not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"max_penalty must be a finite number of at least 0, got {value!r} (a {type(value).__name__})")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"max_penalty must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def check_unheld(targets: list[Target]) -> None:
+    """No other scheduler holds a target."""
+    for target in targets:
+        if holder_of(target.parameter) is not None:
+            raise ValueError(
+                f"{target.name} is held by another RSTScheduler. Call remove() on that one first, or leave the layer"
+                f" out with exclude=[{target.layer_name!r}]."
+            )
+
+
+def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
+    """An optimizer of torch that holds a target, or None."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. Give the torch optimizer"
+            " inside it; or leave it out, and call rst.apply_penalty() before each update if there is none."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(target.parameter) in held for target in targets):
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds none of the parameters to prune ({targets[0].name}, …). Build it"
+            " from the parameters of the model that is given to the scheduler."
+        )
+
+
+def check_directions(targets: list[Target], masks: Mapping[str, MaskSpec]) -> None:
+    """No mask empties a slice that weight_norm divides by the norm of."""
+    for target in targets:
+        for place in target.places:
+            dim = place.direction_dim
+            if dim is None:
+                continue
+            kept = masks[target.name].draw()
+            slices = kept.movedim(dim, 0).flatten(1) if dim >= 0 else kept.flatten().unsqueeze(0)
+            if not bool(slices.any(1).all()):
+                raise ValueError(
+                    f"{target.name} is the direction of a weight_norm, and its mask would empty a whole slice of it,"
+                    " whose norm is a divisor. Choose a lower sparsity for the layer, an unstructured pattern or"
+                    f" another seed, or leave it out with exclude=[{target.layer_name!r}]."
+                )
+
+
+def check_state(state: Mapping[str, Any]) -> tuple[int, bool, str, int]:
+    """Ticks, pending, phase and seed of a state of an RSTScheduler."""
+    fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
+    try:
+        sound = all(isinstance(state[name], kind) for name, kind in fields.items())
+    except (KeyError, TypeError, IndexError):
+        sound = False
+    if not sound or state["ticks"] < 0 or state["phase"] not in ("transform", "finetune"):
+        keys = sorted(map(str, state)) if hasattr(state, "keys") else type(state).__name__
+        raise ValueError(f"not a state_dict() of an RSTScheduler: needs {', '.join(fields)}; got {keys}")
+    if state["version"] != STATE_VERSION:
+        raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
+    return state["ticks"], state["update_pending"], state["phase"], state["seed"]
+
+
+def check_same_masks(mine: Mapping[str, str], theirs: Mapping[str, str], seeds: tuple[int, int]) -> None:
+    """The fingerprints in a state are those of the masks here; names the first parameter where they are not."""
+    for name in [*mine, *theirs]:
+        if mine.get(name) != theirs.get(name):
+            what = "differs" if name in mine and name in theirs else "is only here" if name in mine else "is only there"
+            why = "" if seeds[0] == seeds[1] else f" (the seeds differ: {seeds[0]} here, {seeds[1]} in the state)"
+            raise ValueError(
+                f"the state belongs to other masks: {name} {what}{why}. Build the scheduler as the saved one was built:"
+                " same seed, sparsity, pattern, distribution, targets and exclusions."
+            )

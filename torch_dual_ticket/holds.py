@@ -1,0 +1,284 @@
+"""A hold: one masked parameter, where it stands in the model, and what keeps its masked weights at zero."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.hooks import RemovableHandle
+
+from .kernels import SMALL, keep_
+from .shards import is_sharded, local, local_offset
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .targets import Place
+    from .tickets import Ticket
+
+
+class Mask(Protocol):
+    """What a hold needs of a mask: a :class:`torch_dual_ticket.masks.MaskSpec`, or weights chosen otherwise."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def pruned_weights(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def draw(
+        self,
+        *,
+        offset: Sequence[int] | None = None,
+        size: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor: ...
+
+
+class Hold(prune.BasePruningMethod):
+    """A target parameter in the hands of a ticket; also the forward pre-hook of its layer.
+
+    While the ticket is transformed the pre-hook does nothing. It is there so that compiled code, which ignores hooks
+    that appear later, knows of it, and so that ``prune.is_pruned`` and ``prune.remove`` do. Modules and parameters are
+    looked up each time and referenced weakly: ``fully_shard``, ``load_state_dict(assign=True)`` and swaps replace
+    parameters, and a cycle would keep a dropped model in memory.
+    """
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, ticket: Ticket, name: str, place: Place, mask: Mask, *, primary: bool) -> None:
+        self.ticket = ticket
+        self.name = name
+        self.primary = primary  # False for the further places of a tied parameter
+        self.attribute = place.attribute
+        self.tensor_name = place.tensor_name
+        self.mask = mask
+        self._layer = weakref.ref(place.layer)
+        self._owner = weakref.ref(place.owner)
+        self._forget()
+        self.hook_id: int = place.layer.register_forward_pre_hook(self).id
+        self.attached = True
+
+    def _forget(self) -> None:
+        """Begin with nothing cached."""
+        self._cached: Tensor | None = None
+        self._cached_for: tuple[Any, ...] = ()
+        self._gradient_hook: RemovableHandle | None = None
+        self._hooked: weakref.ref[Tensor] | None = None
+        self._clean: tuple[weakref.ref[Tensor], int] | None = None
+        self._sharded = False
+        self.carried = False  # the penalty since the last tick
+        self.version_at_tick: int | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Nothing: the dense network is trained."""
+
+    # -- the parameter and its mask ------------------------------------------------------------------------------------
+
+    def parameter(self) -> Tensor | None:
+        owner = self._owner()
+        return None if owner is None else owner._parameters.get(self.attribute)
+
+    def mask_for(self, parameter: Tensor, weight: Tensor) -> Tensor:
+        """1 where the work is: at the masked weights in the transformation, at the kept ones in finetuning.
+
+        Of the local shard's shape and layout; uint8, or a wider type for small tensors.
+        """
+        key = (weight.device, weight.dtype, weight.shape, weight.stride())
+        if self._cached is None or self._cached_for != key or self._drawn_for() is not parameter:
+            kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
+            self._cached = self._formed(kept, weight)
+            self._cached_for = key
+            self._drawn_for: weakref.ref[Tensor] = weakref.ref(parameter)
+        return self._cached
+
+    def _formed(self, kept: Tensor, weight: Tensor) -> Tensor:
+        if weight.numel() > SMALL:
+            dtype = torch.uint8
+        else:
+            dtype = _bits_dtype(weight) if self.ticket.enforcing else weight.dtype
+        chosen = kept if self.ticket.enforcing else kept.logical_not()
+        return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(chosen)
+
+    def layer(self) -> nn.Module:
+        """The module whose forward uses the parameter."""
+        layer = self._layer()
+        if layer is None:
+            raise RuntimeError(f"the layer of {self.name} does not exist any more: its model was dropped")
+        return layer
+
+    def device(self) -> torch.device:
+        """Where the weight is; the CPU while it has no memory yet."""
+        parameter = self.parameter()
+        return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
+
+    def set_mask(self, mask: Mask) -> None:
+        self.mask = mask
+        self._cached = None
+
+    # -- enforcement ---------------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        """From now on the masked weights are zero. The ticket must be enforcing already."""
+        kept = None if self._cached is None else self._cached == 0  # 1 stood for masked until now
+        parameter = self.parameter()
+        if kept is not None and parameter is not None:
+            self._cached = self._formed(kept, local(parameter))
+        self.__class__ = ActiveHold
+        if parameter is not None and not parameter.is_meta:
+            self.zero(parameter)
+            self.watch(parameter)
+
+    def deactivate(self) -> None:
+        self.__class__ = Hold
+        self._cached = None
+        self._stop_watching()
+
+    @torch.no_grad()
+    def zero(self, parameter: Tensor) -> None:
+        """Set the masked weights to zero."""
+        weight = local(parameter)
+        keep_(weight, self.mask_for(parameter, weight))
+        self._sharded = is_sharded(parameter)
+        self._clean = (weakref.ref(parameter), weight._version)
+
+    @torch.no_grad()
+    def zero_another(self, parameter: Tensor) -> None:
+        """Set the masked weights to zero in a parameter of another model."""
+        weight = local(parameter)
+        kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
+        keep_(weight, kept.to(torch.uint8))
+
+    def is_clean(self, parameter: Tensor) -> bool:
+        """Whether the parameter is unchanged since its masked weights were set to zero."""
+        return self._clean is not None and self._clean[0]() is parameter and self._clean[1] == local(parameter)._version
+
+    def watch(self, parameter: Tensor) -> None:
+        """Mask the gradients of this parameter as they arrive, and the one that is there already."""
+        if (self._hooked is not None and self._hooked() is parameter) or not parameter.requires_grad:
+            return
+        self._stop_watching()
+        hook = partial(_mask_gradient, weakref.ref(self))
+        self._gradient_hook = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._hooked = weakref.ref(parameter)
+        self.mask_gradient(parameter)
+
+    def _stop_watching(self) -> None:
+        if self._gradient_hook is not None:
+            self._gradient_hook.remove()
+        self._gradient_hook = self._hooked = None
+
+    @torch.no_grad()
+    def mask_gradient(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is None:
+            return
+        weight = local(parameter)
+        kept = self.mask_for(parameter, weight)
+        if grad.is_sparse:
+            grad = parameter.grad = grad.coalesce()
+            grad._values().mul_(kept[grad._indices()[0]])
+            return
+        part = local(grad)
+        keep_(part, kept if part.dtype == weight.dtype else kept.to(torch.uint8))
+
+    # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
+
+    @property
+    def _tensor_name(self) -> str:  # type: ignore[override]
+        """The attribute that torch.nn.utils.prune compares by.
+
+        The stock functions take an earlier method out of the layer's hooks and then ask it for this name; that is the
+        moment at which the layer can be put right and they can be refused.
+        """
+        layer = self._layer()
+        if self.attached and layer is not None and layer._forward_pre_hooks.get(self.hook_id) is not self:
+            layer._forward_pre_hooks[self.hook_id] = self
+            for later in [key for key in layer._forward_pre_hooks if key > self.hook_id]:
+                layer._forward_pre_hooks[later] = layer._forward_pre_hooks.pop(later)
+            raise RuntimeError(
+                f"{self.name} is held by an RSTScheduler, and torch.nn.utils.prune cannot prune on top of that. After"
+                " finalize(), to_prune() on the scheduler turns the model into the layout that the stock functions"
+                " work on; or take this layer out of the scheduler's hands with prune.remove(layer,"
+                f" {self.tensor_name!r})."
+            )
+        return self.tensor_name
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """The ticket's mask on top of ``default_mask``; as :meth:`BasePruningMethod.compute_mask`."""
+        return default_mask * self.mask.draw(device=t.device).to(default_mask.dtype)
+
+    def remove(self, module: nn.Module) -> None:
+        """Called by ``prune.remove``: the layer leaves the ticket for good; zeros stay where they are."""
+        self.ticket.given_up.add(self.name)
+        for hold in self.ticket.holds:
+            if hold.name == self.name:
+                hold.detach(keep_hook=hold is self)  # prune.remove deletes its hook itself
+
+    def detach(self, *, keep_hook: bool = False) -> None:
+        """Take the hooks off the layer and the parameter."""
+        self.attached = False
+        self._stop_watching()
+        layer = self._layer()
+        hooks: dict[int, Any] = {} if layer is None or keep_hook else layer._forward_pre_hooks
+        if hooks.get(self.hook_id) is self:
+            del hooks[self.hook_id]
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.ticket.enforcing:
+            return _NoHook, ()  # a copy made during the transformation is a plain model
+        return super().__reduce_ex__(protocol)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("ticket", "name", "primary", "attribute", "tensor_name", "mask", "hook_id")
+        return {name: getattr(self, name) for name in names} | {"layer": self._layer(), "owner": self._owner()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layer = weakref.ref(state.pop("layer"))
+        self._owner = weakref.ref(state.pop("owner"))
+        self.__dict__.update(state)
+        self._forget()
+        self.attached = True
+        # As RemovableHandle does: a hook that is registered later must not take this one's place.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
+        self.ticket.add(self)
+
+
+class ActiveHold(Hold):
+    """A hold of a finalised ticket. The class of a :class:`Hold` is swapped: its place among the hooks stays."""
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """The safety net, for changes that no optimizer hook has seen: zero again what is not zero any more."""
+        if torch.compiler.is_compiling():
+            return
+        parameter = self.parameter()
+        # Tensors that functional_call puts in are the caller's own. A whole parameter of a sharded module is a passing
+        # view of shards that are zeroed themselves.
+        if not isinstance(parameter, nn.Parameter) or (self._sharded and not is_sharded(parameter)):
+            return
+        if self.ticket.by_hand or not self.is_clean(parameter):
+            self.zero(parameter)
+            self.watch(parameter)
+
+
+class _NoHook:
+    """What stands in a copied model where the original has the hook of a running transformation."""
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None: ...
+
+
+def _mask_gradient(hold: weakref.ref[Hold], parameter: Tensor) -> None:
+    held = hold()
+    if held is not None:
+        held.mask_gradient(parameter)
+
+
+def _bits_dtype(weight: Tensor) -> torch.dtype:
+    size = weight.itemsize // 2 if weight.is_complex() else weight.itemsize
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

@@ -1,0 +1,109 @@
+"""The elementwise work on masked tensors, close to the least memory traffic that an in-place update needs.
+
+Masks are uint8 (1 or 0), laid out in memory as the weight is. Large tensors are walked in chunks, through one buffer
+that stays in cache and into which a chunk of the mask is widened: an operation on two dtypes would make that copy anew
+each time. Small tensors come with a mask of their own dtype, where the cost is in the calls and not in the traffic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+SMALL = 4096  # elements
+CHUNK = 1 << 20  # elements on CPU
+CHUNK_ACCELERATOR = 1 << 25  # elements on a GPU: bounds the temporary memory without starving the device
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def add_scaled_(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], masks: Sequence[Tensor], factor: float | Tensor
+) -> None:
+    """Add ``factor · mask · weight`` to each gradient in place.
+
+    ``factor`` is a Python float, or a 0-dim tensor on the gradients' device, which is never read on the host. A mask is
+    uint8 or of the weight's dtype.
+    """
+    alike: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for grad, weight, mask in zip(grads, weights, masks, strict=True):
+        if isinstance(factor, Tensor) or grad.dtype != weight.dtype:
+            for grad_part, weight_part, mask_part in _chunks(grad, weight, mask):
+                grad_part.add_(torch.mul(weight_part, mask_part).mul_(factor))
+        elif mask.dtype == weight.dtype:
+            alike[0].append(grad)
+            alike[1].append(weight)
+            alike[2].append(mask)
+        else:
+            for grad_part, weight_part, mask_part in _widened(grad, weight, mask):
+                grad_part.addcmul_(weight_part, mask_part, value=factor)
+    if alike[0] and not isinstance(factor, Tensor):
+        torch._foreach_addcmul_(*alike, value=factor)
+
+
+def keep_(tensor: Tensor, kept: Tensor) -> None:
+    """Set the elements of ``tensor`` where ``kept`` is 0 to exactly +0, whatever they were, in place.
+
+    The multiplication is done on the bit patterns, as integers: NaN, infinities and negative numbers leave +0 behind,
+    where a floating-point product would leave NaN and -0.
+    """
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+        kept = kept.unsqueeze(-1).expand(tensor.shape)
+    for bits, mask in _widened(tensor.view(_INTEGER_OF_SIZE[tensor.itemsize]), kept):
+        bits.mul_(mask)
+
+
+def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of squares of the pruned elements and of all elements, as float64 scalars on the tensor's device."""
+    masked = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for values, mask in _chunks(tensor, pruned):
+        squares = values.abs().to(torch.float64).square_()
+        total += squares.sum()
+        masked += squares.mul_(mask).sum()
+    return masked, total
+
+
+def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk the chunks with the last tensor, the mask, widened to the dtype of the first."""
+    dtype = tensors[0].dtype
+    buffer = None
+    for *parts, mask in _chunks(*tensors):
+        if mask.dtype == dtype:
+            widened = mask
+        elif mask.dim() != 1:
+            widened = mask.to(dtype)
+        else:
+            if buffer is None:
+                buffer = torch.empty(mask.shape, dtype=dtype, device=mask.device)
+            widened = buffer[: mask.numel()].copy_(mask)
+        yield (*parts, widened)
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk tensors of one shape together: flat and in chunks where they share a dense layout, else as they are."""
+    first = tensors[0]
+    size = CHUNK if first.device.type == "cpu" else CHUNK_ACCELERATOR
+    count = first.numel()
+    if count <= size or any(t.stride() != first.stride() for t in tensors) or not _is_dense(first):
+        yield tensors
+        return
+    flat = [t.as_strided((count,), (1,)) for t in tensors]
+    for start in range(0, count, size):
+        yield tuple(t[start : start + size] for t in flat)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory without gaps or overlaps, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,421 @@
+"""The life of a random ticket: drawn, transformed under a growing penalty, masked, and held while it is finetuned."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import (
+    STATE_VERSION,
+    check_directions,
+    check_integer,
+    check_optimizer,
+    check_penalty,
+    check_same_masks,
+    check_state,
+    check_unheld,
+)
+from .planning import make_plan
+from .pruning import check_stock_layout, to_stock_layout
+from .report import measure
+from .schedules import Timeline, resolve
+from .shards import agree_on_seed
+from .targets import DEFAULT_TARGETS, find_targets, unwrapped_parameters
+from .tickets import Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .masks import MaskSpec
+    from .report import Report
+    from .targets import TargetType
+
+_MAX_RESIDUAL = 0.01  # above this, finalize() takes away something that the network still uses
+
+
+class RSTScheduler:
+    """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside a training loop of your own.
+
+    A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
+    of the weights that will be masked, with λ growing, through the step of whatever ``torch.optim.Optimizer`` holds
+    them. :meth:`finalize` sets them to zero and keeps them there while the same loop finetunes.
+
+    Construct it before or after wrapping the model (DDP, ``fully_shard``, ``torch.compile``) and creating the
+    optimizer.
+
+    Args:
+        model: the module to prune. Its weights, names and structure stay as they are.
+        sparsity: fraction of weights removed from each layer, in [0, 1). A mapping goes from :mod:`fnmatch` patterns of
+            module names to sparsities: the first match wins, what is not matched stays dense. None: 0.9, or what
+            ``pattern`` implies.
+        steps: calls of :meth:`step` over which λ rises (in each cycle).
+        hold: calls after that with λ at its ceiling (in each cycle).
+        max_penalty: the ceiling of λ.
+        schedule: "linear", "quadratic", "cubic", or a function from progress (0…1) to the fraction of the ceiling.
+        cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
+        distribution: "uniform", or "erk" (Erdős–Rényi-Kernel).
+        pattern: "unstructured", "n:m" (n kept of every m inputs), "block:RxC", "filter" or "channel".
+        targets: module types whose ``weight`` is pruned; or pairs of a type and a pattern of parameter names, such as
+            ``(nn.LSTM, "weight_*")``.
+        exclude: fnmatch patterns of module names that stay dense.
+        seed: of the masks; None draws one from torch's global generator, the same on all ranks.
+        optimizer: the only one whose updates carry the penalty. None: any that holds a target.
+
+    Raises:
+        TypeError, ValueError: input that cannot be used; the model is left as it was.
+        RuntimeError: ranks disagree on the seed or the sparsity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rst = RSTScheduler(model, sparsity=0.75, steps=50, hold=50, seed=0)
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(32, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     rst.step()
+        ...     if rst.done:
+        ...         report = rst.finalize()
+        >>> print(rst.phase, rst.sparsity, int((model[0].weight == 0).sum()))
+        finetune 0.75 96
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float | Mapping[str, float] | None = None,
+        *,
+        steps: int = 10_000,
+        hold: int = 0,
+        max_penalty: float = 1.0,
+        schedule: str | Callable[[float], float] = "linear",
+        cycles: int = 1,
+        distribution: str = "uniform",
+        pattern: str = "unstructured",
+        targets: Sequence[TargetType] = DEFAULT_TARGETS,
+        exclude: Sequence[str] = (),
+        seed: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._timeline = Timeline(
+            steps=check_integer("steps", steps, at_least=1),
+            hold=check_integer("hold", hold, at_least=0),
+            cycles=check_integer("cycles", cycles, at_least=1),
+            max_penalty=check_penalty(max_penalty),
+            schedule=resolve(schedule),
+        )
+        self._timeline.penalty(0)  # a schedule that cannot be called fails here
+        given_seed = None if seed is None else check_integer("seed", seed)
+        found = find_targets(model, targets, exclude)
+        plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
+        found = [target for target in found if target.name in plan.shapes]
+        check_unheld(found)
+        check_optimizer(optimizer, found)
+        self.seed = agree_on_seed(given_seed, {name: (plan.shapes[name], n) for name, n in plan.pruned[-1].items()})
+        check_directions(found, plan.masks(self.seed))
+
+        self._plan = plan
+        self._seed_is_given = given_seed is not None
+        self._ticks = 0
+        self._idle_ticks = 0
+        self._has_warned = False
+        self._report: Report | None = None
+        self._model = model
+        self._ticket = Ticket(model)
+        self._ticket.optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._ticket.take(found, plan.masks(self.seed, cycle=0))
+        self._ticket.penalty = self._timeline.penalty(0)
+        self._end_with_me()
+
+    def _end_with_me(self) -> None:
+        weakref.finalize(self, self._ticket.abandon).atexit = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ticket.attach(self._model)
+        self._end_with_me()
+
+    # -- the schedule --------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One tick of the schedule: call it once per update, before or after ``optimizer.step()``; λ grows.
+
+        It advances only if an update carried the penalty since the last call, so a step that ``GradScaler`` skipped
+        does not count. After :meth:`finalize` it does nothing.
+        """
+        ticket = self._ticket
+        if ticket.enforcing or not ticket.primary_holds:
+            return
+        carried = ticket.has_pending_update()
+        bypassed = ticket.tick()
+        self._idle_ticks = 0 if carried or ticket.ever_carried else self._idle_ticks + 1
+        if bypassed or self._idle_ticks == 100:
+            self._warn_of_bypass(bypassed)
+        if not carried:
+            return
+        cycle = self._cycle
+        self._ticks = min(self._ticks + 1, self._timeline.ticks)
+        if self._cycle != cycle:
+            ticket.set_masks(self._plan.masks(self.seed, self._cycle))
+        ticket.penalty = self._timeline.penalty(self._ticks)
+
+    @property
+    def _cycle(self) -> int:
+        return self._timeline.cycle(self._ticks)
+
+    @property
+    def penalty(self) -> float:
+        """λ of the next update; 0 after :meth:`finalize`."""
+        return self._ticket.penalty
+
+    @property
+    def progress(self) -> float:
+        """How much of the schedule is over: 0…1."""
+        return self._ticks / self._timeline.ticks
+
+    @property
+    def done(self) -> bool:
+        """Whether the schedule is over: time for :meth:`finalize`."""
+        return self._ticks >= self._timeline.ticks
+
+    @property
+    def phase(self) -> str:
+        """``"transform"`` until :meth:`finalize`, then ``"finetune"``."""
+        return "finetune" if self._ticket.enforcing else "transform"
+
+    def apply_penalty(self) -> None:
+        """Add λ·w to ``.grad`` by hand: between ``backward()`` and an update that is no ``torch.optim.Optimizer``'s.
+
+        It silences the optimizer hook until the next :meth:`step`. Go on calling it after :meth:`finalize`: there it
+        keeps the zeros that such an update may have moved.
+
+        Raises:
+            RuntimeError: no target has a gradient.
+        """
+        with torch.no_grad():
+            if not self._ticket.penalise_by_hand() and self._ticket.holds:
+                raise RuntimeError("apply_penalty() found no gradient on any target; call it after loss.backward()")
+
+    # -- the end of the transformation ---------------------------------------------------------------------------------
+
+    def finalize(self, layout: str = "plain") -> Report:
+        """Set the masked weights to zero and keep them at exactly zero from now on. A second call changes nothing.
+
+        Args:
+            layout: "plain" leaves the model's structure, names and parameters as they are. "prune" continues with
+                :meth:`to_prune`.
+
+        Returns:
+            What was pruned and what norm it still had, per layer and in total.
+
+        Raises:
+            RuntimeError: no update ever carried the penalty, or the scheduler was removed.
+
+        Warns:
+            UserWarning: the masked weights still held more than 1 % of the norm, or cycles are outstanding.
+        """
+        if layout not in ("plain", "prune"):
+            raise ValueError(f"unknown layout {layout!r}; allowed are 'plain' and 'prune'")
+        ticket = self._ticket
+        if not ticket.enforcing:
+            if not ticket.holds:
+                raise RuntimeError(
+                    "this scheduler holds no layer: it was removed, or it is a copy made during the transformation."
+                    " Build a new RSTScheduler on the model."
+                )
+            if not (self._ticks or ticket.ever_carried):
+                raise RuntimeError(
+                    "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with"
+                    " an optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
+                    " torch.optim.Optimizer's, call rst.apply_penalty() before each."
+                )
+            if layout == "prune":
+                self._check_stock_layout()
+            cycles = self._timeline.cycles
+            if self._cycle < cycles - 1:
+                warnings.warn(
+                    f"finalize() in cycle {self._cycle + 1} of {cycles}: the weights that the outstanding cycles would "
+                    "have masked were never penalised",
+                    stacklevel=2,
+                )
+            self._report = self._enforce()
+            if self._report.total.residual > _MAX_RESIDUAL:
+                reached = self._timeline.penalty(max(0, self._ticks - 1))
+                warnings.warn(
+                    f"the masked weights still held {self._report.total.residual:.1%} of the norm when they were set to"
+                    f" zero (λ had reached {reached:.3g}): transform for longer (steps, hold), or with a higher"
+                    " max_penalty or learning rate",
+                    stacklevel=2,
+                )
+        if layout == "prune":
+            self.to_prune()
+        assert self._report is not None
+        return self._report
+
+    def _enforce(self) -> Report:
+        """Go over to the final masks and to finetuning. Returns what the masked weights were worth."""
+        self._ticket.reshard()
+        self._ticket.set_masks(self._plan.masks(self.seed))
+        report = measure(self._ticket)
+        self._ticket.enforce()
+        return report
+
+    def to_prune(self) -> None:
+        """Turn the finalised model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
+
+        Each layer gets ``weight_orig``, ``weight_mask`` and torch's own forward pre-hook, in the place of this
+        library's enforcement; the order of the parameters is kept. From then on torch keeps the zeros.
+
+        Raises:
+            RuntimeError: before :meth:`finalize`.
+            ValueError: a parameter that this layout cannot carry: DTensor, tied, or parametrised.
+        """
+        if not self._ticket.enforcing:
+            raise RuntimeError("to_prune() needs the final masks: call finalize() first")
+        self._check_stock_layout()
+        for hold in self._ticket.holds:
+            layer, kept = hold.layer(), hold.mask.draw(device=hold.device())
+            hold.detach()
+            to_stock_layout(layer, hold.tensor_name, kept)
+
+    def _check_stock_layout(self) -> None:
+        for hold in self._ticket.holds:
+            check_stock_layout(
+                hold.name, hold.parameter(), tied=not hold.primary, parametrised=hold.attribute != hold.tensor_name
+            )
+
+    def remove(self) -> None:
+        """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""
+        self._ticket.release()
+
+    # -- what there is to see ------------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool tensor of the full shape, True = kept; of the current cycle. Drawn when asked for."""
+        return _Masks(self._masks(), self._ticket)
+
+    @property
+    def sparsity(self) -> float:
+        """The achieved fraction of masked weights over all targets; of the current cycle."""
+        masks = self._masks().values()
+        return sum(mask.pruned_weights for mask in masks) / max(1, sum(math.prod(mask.shape) for mask in masks))
+
+    def _masks(self) -> dict[str, MaskSpec]:
+        masks = self._plan.masks(self.seed, -1 if self._ticket.enforcing else self._cycle)
+        return {name: mask for name, mask in masks.items() if name not in self._ticket.given_up}
+
+    def residual(self) -> float:
+        """‖masked weights‖ / ‖all target weights‖: what :meth:`finalize` would take away now. Reads every weight."""
+        self._ticket.reshard()
+        return measure(self._ticket).total.residual
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
+
+        Raises:
+            ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
+        """
+        parameters = dict(unwrapped_parameters(model))
+        holds = self._ticket.primary_holds
+        for hold in holds:
+            other = parameters.get(hold.name)
+            if other is None or tuple(other.shape) != hold.mask.shape:
+                what = "no such parameter" if other is None else f"shape {tuple(other.shape)}"
+                raise ValueError(
+                    f"apply_masks() needs a model of the same structure: {hold.name} has shape {hold.mask.shape} here,"
+                    f" and {what} in the given {type(model).__name__}"
+                )
+        for hold in holds:
+            hold.zero_another(parameters[hold.name])
+
+    def __repr__(self) -> str:
+        cycles = self._timeline.cycles
+        cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
+        return (
+            f"RSTScheduler({self.phase}{cycle}: {self.progress:.0%} of {self._timeline.ticks:,} ticks,"
+            f" λ={self.penalty:.4g}, {len(self._masks())} layers at {self.sparsity:.2%} sparsity,"
+            f" seed={self.seed})"
+        )
+
+    # -- restarts ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ticks, phase, seed and a fingerprint of each mask; never the masks, and never the weights."""
+        return {
+            "version": STATE_VERSION,
+            "ticks": self._ticks,
+            "update_pending": self._ticket.has_pending_update(),
+            "phase": self.phase,
+            "seed": self.seed,
+            "masks": self._fingerprints(self.seed),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the saved scheduler was. Load the model's and the optimizer's state too, before or after.
+
+        A scheduler built with ``seed=None`` and not used yet adopts the seed of the state.
+
+        Raises:
+            ValueError: not a state of this class, or the masks differ; names the first layer that does.
+        """
+        ticks, pending, phase, seed = check_state(state)
+        unused = not (self._ticks or self._ticket.ever_carried or self._ticket.enforcing)
+        adopts = unused and not self._seed_is_given
+        check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
+        self.seed = seed
+        self._ticks = min(ticks, self._timeline.ticks)
+        ticket = self._ticket
+        if phase == "finetune":
+            if not ticket.enforcing:
+                self._report = self._enforce()
+            return
+        if ticket.enforcing:
+            ticket.relax()
+        ticket.set_masks(self._plan.masks(self.seed, self._cycle))
+        ticket.update_pending = pending
+        ticket.penalty = self._timeline.penalty(self._ticks)
+
+    def _fingerprints(self, seed: int) -> dict[str, str]:
+        masks = self._plan.masks(seed)
+        return {name: mask.fingerprint for name, mask in masks.items() if name not in self._ticket.given_up}
+
+    def _warn_of_bypass(self, bypassed: list[str]) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        what = f"{', '.join(bypassed[:3])} changed" if bypassed else "100 calls of step() passed"
+        warnings.warn(
+            f"{what}, but no update carried the penalty: the updates come from something that is not a"
+            " torch.optim.Optimizer holding the model's own parameters (master weights, an optimizer of another"
+            " library). Call rst.apply_penalty() after backward(), before each such update.",
+            stacklevel=3,
+        )
+
+
+class _Masks(Mapping[str, Tensor]):
+    """The masks by parameter name, each drawn when it is asked for."""
+
+    def __init__(self, masks: dict[str, MaskSpec], ticket: Ticket) -> None:
+        self._masks = masks
+        self._ticket = ticket
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name].draw(device=self._ticket.device_of(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"masks of {', '.join(self._masks)}"

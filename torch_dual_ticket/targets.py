@@ -1,0 +1,241 @@
+"""Which parameters are pruned: by module type, name and exclusions, down to the leaf under a reparametrisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    TargetType = type | tuple[type, str]
+
+DEFAULT_TARGETS: tuple[TargetType, ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+# Wrappers that add a level to every name, by class name: importing some of the classes would take seconds.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+@dataclass
+class Place:
+    """One place in a model where a target parameter stands. A tied parameter has several."""
+
+    layer_name: str
+    layer: nn.Module  # the module that people know, the one with `tensor_name`
+    tensor_name: str  # the attribute of the layer that its forward uses: "weight"
+    owner: nn.Module  # the module that registers the parameter: the layer, or the ParametrizationList under it
+    attribute: str  # the parameter's name within the owner: "weight", "weight_v", "original1"
+    direction_dim: int | None = None  # weight_norm only: the dimension along which each slice has a norm of its own
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.owner._parameters[self.attribute]  # type: ignore[return-value]
+
+
+@dataclass
+class Target:
+    """A parameter to prune, and all places where it stands; the first gives it its name."""
+
+    name: str
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.places[0].parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+    @property
+    def layer_name(self) -> str:
+        return self.places[0].layer_name
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.places[0].layer, _ConvTransposeNd)
+
+    @property
+    def grouped(self) -> bool:
+        layer = self.places[0].layer
+        return isinstance(layer, _ConvNd) and layer.groups > 1
+
+
+def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str]) -> list[Target]:
+    """The parameters to prune, in the order and with the names of ``named_parameters()`` of the unwrapped model.
+
+    ``types`` are module types, whose ``weight`` is taken, or pairs of a module type and an :mod:`fnmatch` pattern of
+    parameter names: ``(nn.LSTM, "weight_*")``. ``exclude`` are fnmatch patterns of module names; a module's name stands
+    for everything below it too. A tied parameter is excluded with any of its owners.
+
+    Raises:
+        TypeError: an entry of ``types`` or ``exclude`` of the wrong kind.
+        ValueError: an exclusion that matches no module, a lazy, frozen or integer parameter, a reparametrisation under
+            which zeros would not survive, or no target at all.
+    """
+    pairs = [_check_type(entry) for entry in types]
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
+    modules = list(unwrapped_modules(model))
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name, _ in modules):
+            known = ", ".join(repr(name) for name, _ in modules[1:9]) + (", …" if len(modules) > 9 else "")
+            raise ValueError(f"exclude: the pattern {pattern!r} matches no module. The model has: {known}")
+
+    first_names: dict[int, str] = {}
+    for name, parameter in unwrapped_parameters(model):
+        first_names.setdefault(id(parameter), name)
+    found: dict[int, Target] = {}
+    excluded: set[int] = set()
+    for layer_name, layer in modules:
+        for tensor_name in _tensor_names(layer, pairs):
+            place = _resolve(layer_name, layer, tensor_name)
+            if isinstance(place, Place):
+                key = id(place.parameter)
+            elif _is_excluded(layer_name, exclude):
+                continue
+            else:
+                raise ValueError(place)
+            if _is_excluded(layer_name, exclude):
+                excluded.add(key)
+                continue
+            target = found.setdefault(key, Target(first_names[key]))
+            if not any(known.owner is place.owner and known.attribute == place.attribute for known in target.places):
+                target.places.append(place)
+    # A tied parameter may also belong to a module that is no target, such as an embedding.
+    for layer_name, layer in modules:
+        if _is_excluded(layer_name, exclude):
+            excluded.update(id(parameter) for parameter in layer._parameters.values() if parameter is not None)
+    targets = [found[key] for key in first_names if key in found and key not in excluded]
+    if not targets:
+        names = ", ".join(t if isinstance(t, str) else getattr(t, "__name__", repr(t)) for t in types)
+        raise ValueError(
+            f"nothing to prune: {type(model).__name__} has no parameter that matches targets=({names}) "
+            f"and is not excluded by exclude={list(exclude)!r}"
+        )
+    for target in targets:
+        _check_parameter(target)
+    return targets
+
+
+def unwrapped_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Like ``named_modules(remove_duplicate=False)``, without the levels that DDP, torch.compile … put in."""
+    for base in type(model).__mro__:
+        child = _WRAPPERS.get(base.__name__)
+        if child is not None and child in model._modules:
+            yield from unwrapped_modules(model._modules[child], prefix)  # type: ignore[arg-type]
+            return
+    yield prefix, model
+    for name, module in model._modules.items():
+        if module is not None:
+            yield from unwrapped_modules(module, f"{prefix}.{name}" if prefix else name)
+
+
+def unwrapped_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Like ``named_parameters(remove_duplicate=False)``, without the levels that wrappers put into the names."""
+    for prefix, module in unwrapped_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{prefix}.{name}" if prefix else name), parameter
+
+
+def _check_type(entry: TargetType) -> tuple[type, str]:
+    module_type, pattern = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, "weight")
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module) and isinstance(pattern, str)):
+        raise TypeError(
+            "targets are module types, whose `weight` is taken, or pairs of a module type and a pattern of parameter"
+            f" names, as in targets=(nn.Linear, (nn.LSTM, 'weight_*')); got {entry!r}"
+        )
+    return module_type, pattern
+
+
+def _is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:
+    parts = layer_name.split(".")
+    lineage = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatchcase(name, pattern) for name in lineage for pattern in exclude)
+
+
+def _tensor_names(layer: nn.Module, pairs: list[tuple[type, str]]) -> list[str]:
+    """The names under which the layer's forward uses the tensors to prune."""
+    patterns = [pattern for module_type, pattern in pairs if isinstance(layer, module_type)]
+    if not patterns:
+        return []
+    names = [name for name, parameter in layer._parameters.items() if parameter is not None]
+    if parametrize.is_parametrized(layer):
+        names += list(layer.parametrizations)  # type: ignore[arg-type]
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            names = [name for name in names if not name.startswith(f"{hook.name}_")] + [hook.name]
+        elif isinstance(hook, prune.BasePruningMethod) and f"{hook._tensor_name}_orig" in names:
+            names = [hook._tensor_name if name == f"{hook._tensor_name}_orig" else name for name in names]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Place | str:
+    """The leaf parameter behind an attribute of a layer, or why it cannot be pruned."""
+    where = f"{layer_name}.{tensor_name}" if layer_name else tensor_name
+    if tensor_name in layer._parameters:
+        return Place(layer_name, layer, tensor_name, layer, tensor_name)
+    if parametrize.is_parametrized(layer, tensor_name):
+        chain: Any = layer.parametrizations[tensor_name]  # type: ignore[index]
+        if len(chain) == 1 and isinstance(chain[0], parametrizations._WeightNorm):
+            dim = chain[0].dim
+            return Place(layer_name, layer, tensor_name, chain, "original1", direction_dim=-1 if dim is None else dim)
+        if len(chain) == 1 and isinstance(chain[0], parametrizations._SpectralNorm):
+            return Place(layer_name, layer, tensor_name, chain, "original")
+        kinds = " and ".join(type(link).__name__ for link in chain)
+        return (
+            f"{where} is parametrised by {kinds}; zeros put into the parameter behind it would not be zeros of"
+            f" {tensor_name}. Leave the layer dense with exclude=[{layer_name!r}], or remove the parametrisation first."
+        )
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == tensor_name:
+            return Place(layer_name, layer, tensor_name, layer, f"{tensor_name}_v", direction_dim=hook.dim)
+        if isinstance(hook, SpectralNorm) and hook.name == tensor_name:
+            return Place(layer_name, layer, tensor_name, layer, f"{tensor_name}_orig")
+    return (
+        f"{where} is already pruned by torch.nn.utils.prune. Make it permanent with prune.remove(module,"
+        f" {tensor_name!r}), or leave the layer alone with exclude=[{layer_name!r}]."
+    )
+
+
+def _check_parameter(target: Target) -> None:
+    name, layer, parameter = target.name, target.layer_name, target.parameter
+    if is_lazy(parameter):
+        raise ValueError(f"{name} has no shape yet: run one forward pass through the lazy module before pruning it")
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        raise ValueError(
+            f"{name} has dtype {parameter.dtype}; only floating-point and complex weights can be pruned. "
+            f"Leave the layer out with exclude=[{layer!r}]."
+        )
+    if not parameter.requires_grad:
+        raise ValueError(
+            f"{name} is frozen (requires_grad is False), so no penalty can move what it knows. Unfreeze it, or leave"
+            f" the layer out with exclude=[{layer!r}]."
+        )
+    if parameter.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned")

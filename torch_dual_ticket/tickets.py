@@ -1,0 +1,377 @@
+"""A ticket: all the holds on one model, and the optimizer hooks through which the penalty and the zeros reach it.
+
+This is the only place that touches somebody's training loop. One pair of hooks for all optimizers is installed, once,
+in a
+process: taking a hook away while optimizers run over the hooks is not safe.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .holds import Hold
+from .kernels import add_scaled_, squared_norms
+from .shards import is_sharded, local, placed_like, reshard, sum_over_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import FrameType
+
+    from .holds import Mask
+    from .targets import Target
+
+    Groups = dict[int, dict[str, Any]]  # id of a parameter -> the optimizer's group that holds it
+    Held = list[tuple[Hold, Tensor, dict[str, Any]]]
+
+_MARK = "_dual_ticket_penalised_at"  # the attribute of a gradient that says at which version it got the penalty
+
+
+class Ticket:
+    """The holds on a model, in one of two phases: penalised (``enforcing`` is False) or held at zero."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket: no cycle
+        self.given_up: set[str] = set()  # parameters that prune.remove took out
+        self.enforcing = False
+        self.penalty = 0.0
+        self.by_hand = False  # the updates are not a torch.optim.Optimizer's: apply_penalty() has been called
+        self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next tick
+        self.update_pending = False
+        self.ever_carried = False
+        self.optimizer: weakref.ref[Optimizer] | None = None
+        self._found_infs: list[Tensor] = []
+        self._model: weakref.ref[nn.Module] | None = None
+        if model is not None:
+            self.attach(model)
+        _register(self)
+
+    def attach(self, model: nn.Module) -> None:
+        """The root of the modules that are held."""
+        self._model = weakref.ref(model)
+
+    def take(self, targets: list[Target], masks: Mapping[str, Mask]) -> None:
+        """Begin to hold the targets, with these masks."""
+        for target in targets:
+            for index, place in enumerate(target.places):
+                self.add(Hold(self, target.name, place, masks[target.name], primary=index == 0))
+
+    def add(self, hold: Hold) -> None:
+        self._holds.append(weakref.ref(hold))
+
+    @property
+    def holds(self) -> list[Hold]:
+        """Those whose layers are alive, in the order of the parameters."""
+        return [hold for ref in self._holds if (hold := ref()) is not None and hold.attached]
+
+    @property
+    def primary_holds(self) -> list[Hold]:
+        """One hold for each parameter."""
+        return [hold for hold in self.holds if hold.primary]
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a parameter is; the CPU if it is held no more."""
+        return next((hold.device() for hold in self.holds if hold.name == name), torch.device("cpu"))
+
+    def set_masks(self, masks: Mapping[str, Mask]) -> None:
+        """Go over to other masks, by parameter name."""
+        for hold in self.holds:
+            if hold.mask != masks[hold.name]:
+                hold.set_mask(masks[hold.name])
+
+    def reshard(self) -> None:
+        """Put the shards of an FSDP2 model in place, so that changes reach them."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            reshard(model)
+
+    def enforce(self) -> None:
+        """Set the masked weights to zero, and hold them there."""
+        self.reshard()
+        self.enforcing = True
+        self.penalty = 0.0
+        for hold in self.holds:
+            hold.activate()
+        torch.clear_autocast_cache()  # it may hold casts of the weights as they were
+
+    def relax(self) -> None:
+        """Back to the transformation."""
+        self.enforcing = False
+        for hold in self.holds:
+            hold.deactivate()
+
+    def release(self) -> None:
+        """Let go of the model: no hook is left."""
+        for hold in self.holds:
+            hold.detach()
+
+    def abandon(self) -> None:
+        """When nobody can reach the scheduler any more: a transformation ends, a finalised model stays held."""
+        if not self.enforcing:
+            self.release()
+
+    # -- ticks ---------------------------------------------------------------------------------------------------------
+
+    def has_pending_update(self) -> bool:
+        """Whether an update carried the penalty since the last tick; one that was skipped for infinities did not."""
+        if not self.update_pending and self._found_infs:
+            self.update_pending = any(found_inf.item() == 0 for found_inf in self._found_infs)
+        self._found_infs.clear()
+        return self.update_pending
+
+    def tick(self) -> list[str]:
+        """End the tick. Returns the names of targets that were changed by something that carried no penalty."""
+        bypassed = []
+        for hold in self.primary_holds:
+            parameter = hold.parameter()
+            if hold.carried or parameter is None:
+                hold.version_at_tick = None
+            else:
+                version = local(parameter)._version
+                if hold.version_at_tick not in (None, version):
+                    bypassed.append(hold.name)
+                hold.version_at_tick = version
+            hold.carried = False
+        self.update_pending = self.silenced = False
+        return bypassed
+
+    # -- the penalty ---------------------------------------------------------------------------------------------------
+
+    def held_by(self, groups: Groups) -> Held:
+        """The holds whose parameters are in these groups, each parameter once."""
+        held, missing = self._look_up(groups)
+        if missing and any(is_sharded(group["params"][0]) for group in groups.values()):
+            self.reshard()
+            held, _ = self._look_up(groups)
+        return held
+
+    def _look_up(self, groups: Groups) -> tuple[Held, bool]:
+        held: Held = []
+        missing = False
+        seen: set[int] = set()
+        for hold in self.holds:
+            parameter = hold.parameter()
+            key = id(parameter)
+            if parameter is None or key in seen:
+                continue
+            seen.add(key)
+            group = groups.get(key)
+            if group is None:
+                missing = True
+            else:
+                held.append((hold, parameter, group))
+        return held, missing
+
+    def penalise(self, held: Held, optimizer: Optimizer | None = None, frame: FrameType | None = None) -> None:
+        """Add λ·w to the gradients of the masked weights, once to each gradient."""
+        todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
+        penalised: list[Tensor] = []
+        outer: list[Groups] | None = None
+        for hold, parameter, group in held:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if getattr(grad, _MARK, None) == local(grad)._version:
+                continue
+            if hold.carried and frame is not None:
+                # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
+                # the outer step has changed or replaced it since.
+                if outer is None:
+                    outer = [_groups(other) for other in _outer_steps(frame)]
+                if any(id(parameter) in groups for groups in outer):
+                    continue
+            hold.carried = True
+            weight = local(parameter)
+            sign = -1 if group.get("maximize") else 1
+            if grad.is_sparse:
+                grad = parameter.grad = grad.coalesce()
+                rows = grad._indices()[0]
+                todo[sign].append((grad._values(), weight[rows], hold.mask_for(parameter, weight)[rows]))
+            else:
+                grad = parameter.grad = placed_like(grad, parameter)
+                todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
+            penalised.append(grad)
+        if not penalised:
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
+        for sign, work in todo.items():
+            if work and self.penalty != 0:
+                factor = sign * self.penalty
+                grads, weights, masks = zip(*work, strict=True)
+                add_scaled_(grads, weights, masks, factor if scale is None else scale * factor)
+        # After all additions: views of one DDP bucket share a version.
+        for grad in penalised:
+            setattr(grad, _MARK, local(grad)._version)
+        self.ever_carried = True
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            self.update_pending = True
+        else:
+            self._found_infs.append(found_inf)
+
+    def penalise_by_hand(self) -> bool:
+        """For loops whose update no hook sees; returns whether a target had a gradient."""
+        self.by_hand = self.silenced = True
+        everything: Groups = {id(parameter): {} for hold in self.holds if (parameter := hold.parameter()) is not None}
+        held, _ = self._look_up(everything)
+        if self.enforcing:
+            for hold, parameter, _group in held:
+                hold.mask_gradient(parameter)
+                hold.zero(parameter)
+        else:
+            self.penalise(held)
+        return any(parameter.grad is not None for _, parameter, _ in held)
+
+    def penalty_of(self, held: Held) -> Tensor | float:
+        """½·λ·‖masked weights‖²: the term of the loss whose gradient the penalty is."""
+        total: Tensor | float = 0.0
+        for hold, parameter, _ in held:
+            total = total + sum_over_shards(self.squared_norms_of(hold, parameter)[0], parameter)
+        return 0.5 * self.penalty * total
+
+    def squared_norms_of(self, hold: Hold, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of squares of the masked weights and of all weights in this process's shard."""
+        with torch.no_grad():
+            weight = local(parameter).detach()
+            mask = hold.mask_for(parameter, weight)
+            return squared_norms(weight, mask == 0 if self.enforcing else mask != 0)
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"enforcing": self.enforcing, "by_hand": self.by_hand, "given_up": set(self.given_up)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)  # the holds of the copied layers add themselves
+
+
+# -- the optimizer hooks ---------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
+_installed = False
+
+
+def _register(ticket: Ticket) -> None:
+    global _tickets, _installed
+    with _lock:
+        _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
+        if not _installed:
+            register_optimizer_step_pre_hook(_before_step)
+            register_optimizer_step_post_hook(_after_step)
+            _installed = True
+
+
+def holder_of(parameter: Tensor) -> Hold | None:
+    """The hold on a parameter, if any ticket in this process has one."""
+    for ref in _tickets:
+        ticket = ref()
+        for hold in () if ticket is None else ticket.holds:
+            if hold.parameter() is parameter:
+                return hold
+    return None
+
+
+def _groups(optimizer: Optimizer) -> Groups:
+    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]:
+    """The tickets of one phase that have parameters in this optimizer, with their holds on them."""
+    groups: Groups | None = None
+    found = []
+    for ref in _tickets:
+        ticket = ref()
+        if ticket is None or ticket.enforcing is not enforcing:
+            continue
+        if groups is None:
+            groups = _groups(optimizer)
+        held = ticket.held_by(groups)
+        if held:
+            found.append((ticket, held))
+    return found
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
+    return _prepare_step(optimizer, args, kwargs, sys._getframe(1))
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for _, held in _held(optimizer, enforcing=True):
+        for hold, parameter, _ in held:
+            hold.zero(parameter)
+
+
+def _prepare_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
+    enforced = _held(optimizer, enforcing=True)
+    for _, held in enforced:
+        for hold, parameter, _ in held:
+            hold.watch(parameter)
+    penalised = [
+        (ticket, held)
+        for ticket, held in _held(optimizer, enforcing=False)
+        if not ticket.silenced and (ticket.optimizer is None or ticket.optimizer() is optimizer)
+    ]
+    closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
+    if closure is None:
+        with torch.no_grad():
+            for ticket, held in penalised:
+                ticket.penalise(held, optimizer, frame)
+        return None
+    if getattr(closure, "penalised_for", None) is optimizer or not (enforced or penalised):
+        return None
+    wrapped = _penalised_closure(closure, optimizer)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": wrapped}
+    return (args[0], wrapped, *args[2:]), kwargs
+
+
+def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    """The closure, with zeros in force when it computes the loss and the penalty added when it has the gradients."""
+
+    @functools.wraps(closure)
+    def penalised() -> Any:
+        with torch.no_grad():
+            for _, held in _held(optimizer, enforcing=True):
+                for hold, parameter, _ in held:
+                    if not hold.is_clean(parameter):
+                        hold.zero(parameter)
+        loss = closure()
+        with torch.no_grad():
+            for ticket, held in _held(optimizer, enforcing=False):
+                if ticket.silenced or (ticket.optimizer is not None and ticket.optimizer() is not optimizer):
+                    continue
+                ticket.penalise(held, optimizer)
+                if isinstance(optimizer, LBFGS):  # its line search compares losses
+                    loss = loss + ticket.penalty_of(held)
+        return loss
+
+    penalised.penalised_for = optimizer  # type: ignore[attr-defined]
+    return penalised
+
+
+def _outer_steps(frame: FrameType) -> list[Optimizer]:
+    """The optimizers in whose step the step of this frame runs.
+
+    Read off the call stack: a flag set before a step and cleared after it would stay set when the step raises.
+    """
+    outer = []
+    caller = frame.f_back
+    while caller is not None:
+        if caller.f_code is frame.f_code:
+            optimizer = caller.f_locals.get("self")
+            if isinstance(optimizer, Optimizer):
+                outer.append(optimizer)
+        caller = caller.f_back
+    return outer
