@@ -27,7 +27,8 @@ class RandomUnstructured(prune.RandomUnstructured):
       nothing else: not on the device, the dtype, the memory format or the release of torch. With one seed, pruning
       more of the same entries only removes more. Layers of one size pruned with one seed get one mask; give each
       its own seed where that matters.
-    - It also prunes complex and ``channels_last`` tensors, and the mask keeps the memory format of the tensor.
+    - It also prunes complex and ``channels_last`` tensors. A first mask keeps the tensor's memory format; a container
+      of torch makes later ones contiguous.
     - When it raises, the module is as it was before.
 
     Call it like the stock method: once, before or after training, on each tensor to prune.
