@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from .tickets import holder_of
+from .hooks import holder_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,29 +15,6 @@ if TYPE_CHECKING:
     from .targets import Target
 
 STATE_VERSION = 1
-
-
-def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """An integer, not a bool, of at least a bound."""
-    allowed = "an integer" if at_least is None else f"an integer of at least {at_least}"
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be {allowed}, got the bool {value}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be {allowed}, got {value!r} (a {type(value).__name__})") from None
-    if at_least is not None and number < at_least:
-        raise ValueError(f"{name} must be {allowed}, got {number}")
-    return number
-
-
-def check_penalty(value: Any) -> float:
-    """The ceiling of λ: finite and not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"max_penalty must be a finite number of at least 0, got {value!r} (a {type(value).__name__})")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"max_penalty must be a finite number of at least 0, got {value!r}")
-    return float(value)
 
 
 def check_unheld(targets: list[Target]) -> None:

@@ -13,7 +13,9 @@ from torch.nn.utils import prune
 from .masks import MaskSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Iterator, MutableMapping, Sequence
+
+    from .holds import Hold
 
 
 class RandomUnstructured(prune.RandomUnstructured):
@@ -141,36 +143,43 @@ def random_unstructured(module: nn.Module, name: str, amount: float, seed: int |
     return module
 
 
-def check_stock_layout(name: str, parameter: Tensor | None, *, tied: bool, parametrised: bool) -> None:
-    """Whether the stock layout can carry a parameter; ``ValueError`` names the one that it cannot."""
-    if tied:
-        reason = "is tied, and two layers cannot share a `weight_orig` and keep one mask"
-    elif parametrised:
-        reason = "is parametrised, and the stock layout replaces the attribute that the parametrisation computes"
-    elif parameter is None or type(parameter) is not nn.Parameter:
-        reason = f"is a {type(parameter).__name__}, which a mask buffer cannot be multiplied into"
-    else:
-        return
-    raise ValueError(
-        f"{name} {reason}. Leave the model in the plain layout, or take the layer out with prune.remove first."
-    )
+def check_stock_layout(holds: Sequence[Hold]) -> None:
+    """Whether the stock layout can carry these parameters; ``ValueError`` names the first that it cannot."""
+    for hold in holds:
+        parameter = hold.parameter()
+        if not hold.primary:
+            reason = "is tied, and two layers cannot share a `weight_orig` and keep one mask"
+        elif hold.attribute != hold.tensor_name:
+            reason = "is parametrised, and the stock layout replaces the attribute that the parametrisation computes"
+        elif type(parameter) is not nn.Parameter:
+            reason = f"is a {type(parameter).__name__}, which a mask buffer cannot be multiplied into"
+        else:
+            continue
+        raise ValueError(
+            f"{hold.name} {reason}. Leave the model in the plain layout, or take the layer out with prune.remove first."
+        )
 
 
-def to_stock_layout(module: nn.Module, name: str, kept: Tensor) -> None:
-    """Give a parameter the layout that ``torch.nn.utils.prune`` works on: ``name_orig``, ``name_mask`` and a hook.
+def to_stock_layout(holds: Sequence[Hold]) -> None:
+    """Give held parameters the layout that ``torch.nn.utils.prune`` works on, and end the holds.
 
-    The parameter object and its position among the module's parameters stay, so that an optimizer's state still fits.
+    The parameter objects and their positions among the module's parameters stay, so that an optimizer's state still
+    fits. ``ValueError`` as :func:`check_stock_layout`, before anything is changed.
     """
-    method: Any = prune.CustomFromMask(kept)
-    method._tensor_name = name
-    parameters = {f"{name}_orig" if key == name else key: value for key, value in module._parameters.items()}
-    module._parameters.clear()
-    module._parameters.update(parameters)
-    orig = module._parameters[f"{name}_orig"]
-    assert orig is not None
-    module.register_buffer(f"{name}_mask", torch.empty_like(orig, requires_grad=False).copy_(kept))
-    setattr(module, name, method.apply_mask(module))
-    module.register_forward_pre_hook(method)
+    check_stock_layout(holds)
+    for hold in holds:
+        module, name, kept = hold.layer(), hold.tensor_name, hold.mask.draw(device=hold.device())
+        hold.detach()
+        renamed = {f"{name}_orig" if key == name else key: value for key, value in module._parameters.items()}
+        module._parameters.clear()
+        module._parameters.update(renamed)
+        orig = renamed[f"{name}_orig"]
+        assert orig is not None
+        module.register_buffer(f"{name}_mask", torch.empty_like(orig, requires_grad=False).copy_(kept))
+        method: Any = prune.CustomFromMask(kept)
+        method._tensor_name = name
+        setattr(module, name, method.apply_mask(module))
+        module.register_forward_pre_hook(method)
 
 
 @contextmanager

@@ -5,32 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import (
-    STATE_VERSION,
-    check_directions,
-    check_integer,
-    check_optimizer,
-    check_penalty,
-    check_same_masks,
-    check_state,
-    check_unheld,
-)
+from .arguments import STATE_VERSION, check_directions, check_optimizer, check_same_masks, check_state, check_unheld
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
 from .report import measure
-from .schedules import Timeline, resolve
+from .schedules import Timeline, check_integer, resolve
 from .shards import agree_on_seed
-from .targets import DEFAULT_TARGETS, find_targets, unwrapped_parameters
-from .tickets import Ticket
+from .targets import DEFAULT_TARGETS, find_targets
+from .tickets import MaskView, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .masks import MaskSpec
     from .report import Report
@@ -105,14 +95,7 @@ class RSTScheduler:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self._timeline = Timeline(
-            steps=check_integer("steps", steps, at_least=1),
-            hold=check_integer("hold", hold, at_least=0),
-            cycles=check_integer("cycles", cycles, at_least=1),
-            max_penalty=check_penalty(max_penalty),
-            schedule=resolve(schedule),
-        )
-        self._timeline.penalty(0)  # a schedule that cannot be called fails here
+        self._timeline = Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
         given_seed = None if seed is None else check_integer("seed", seed)
         found = find_targets(model, targets, exclude)
         plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
@@ -125,8 +108,6 @@ class RSTScheduler:
         self._plan = plan
         self._seed_is_given = given_seed is not None
         self._ticks = 0
-        self._idle_ticks = 0
-        self._has_warned = False
         self._report: Report | None = None
         self._model = model
         self._ticket = Ticket(model)
@@ -155,10 +136,7 @@ class RSTScheduler:
         if ticket.enforcing or not ticket.primary_holds:
             return
         carried = ticket.has_pending_update()
-        bypassed = ticket.tick()
-        self._idle_ticks = 0 if carried or ticket.ever_carried else self._idle_ticks + 1
-        if bypassed or self._idle_ticks == 100:
-            self._warn_of_bypass(bypassed)
+        ticket.tick()
         if not carried:
             return
         cycle = self._cycle
@@ -238,7 +216,7 @@ class RSTScheduler:
                     " torch.optim.Optimizer's, call rst.apply_penalty() before each."
                 )
             if layout == "prune":
-                self._check_stock_layout()
+                check_stock_layout(ticket.holds)
             cycles = self._timeline.cycles
             if self._cycle < cycles - 1:
                 warnings.warn(
@@ -280,17 +258,7 @@ class RSTScheduler:
         """
         if not self._ticket.enforcing:
             raise RuntimeError("to_prune() needs the final masks: call finalize() first")
-        self._check_stock_layout()
-        for hold in self._ticket.holds:
-            layer, kept = hold.layer(), hold.mask.draw(device=hold.device())
-            hold.detach()
-            to_stock_layout(layer, hold.tensor_name, kept)
-
-    def _check_stock_layout(self) -> None:
-        for hold in self._ticket.holds:
-            check_stock_layout(
-                hold.name, hold.parameter(), tied=not hold.primary, parametrised=hold.attribute != hold.tensor_name
-            )
+        to_stock_layout(self._ticket.holds)
 
     def remove(self) -> None:
         """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""
@@ -301,7 +269,7 @@ class RSTScheduler:
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool tensor of the full shape, True = kept; of the current cycle. Drawn when asked for."""
-        return _Masks(self._masks(), self._ticket)
+        return MaskView(self._masks(), self._ticket)
 
     @property
     def sparsity(self) -> float:
@@ -324,18 +292,7 @@ class RSTScheduler:
         Raises:
             ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
         """
-        parameters = dict(unwrapped_parameters(model))
-        holds = self._ticket.primary_holds
-        for hold in holds:
-            other = parameters.get(hold.name)
-            if other is None or tuple(other.shape) != hold.mask.shape:
-                what = "no such parameter" if other is None else f"shape {tuple(other.shape)}"
-                raise ValueError(
-                    f"apply_masks() needs a model of the same structure: {hold.name} has shape {hold.mask.shape} here,"
-                    f" and {what} in the given {type(model).__name__}"
-                )
-        for hold in holds:
-            hold.zero_another(parameters[hold.name])
+        self._ticket.apply_masks(model)
 
     def __repr__(self) -> str:
         cycles = self._timeline.cycles
@@ -387,35 +344,3 @@ class RSTScheduler:
     def _fingerprints(self, seed: int) -> dict[str, str]:
         masks = self._plan.masks(seed)
         return {name: mask.fingerprint for name, mask in masks.items() if name not in self._ticket.given_up}
-
-    def _warn_of_bypass(self, bypassed: list[str]) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        what = f"{', '.join(bypassed[:3])} changed" if bypassed else "100 calls of step() passed"
-        warnings.warn(
-            f"{what}, but no update carried the penalty: the updates come from something that is not a"
-            " torch.optim.Optimizer holding the model's own parameters (master weights, an optimizer of another"
-            " library). Call rst.apply_penalty() after backward(), before each such update.",
-            stacklevel=3,
-        )
-
-
-class _Masks(Mapping[str, Tensor]):
-    """The masks by parameter name, each drawn when it is asked for."""
-
-    def __init__(self, masks: dict[str, MaskSpec], ticket: Ticket) -> None:
-        self._masks = masks
-        self._ticket = ticket
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name].draw(device=self._ticket.device_of(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-    def __repr__(self) -> str:
-        return f"masks of {', '.join(self._masks)}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +95,9 @@ class Timeline:
         max_penalty: the ceiling.
         schedule: progress of the rise (0 … 1) -> fraction of the ceiling.
 
+    Raises:
+        TypeError, ValueError: a number of the wrong kind or out of range, or a schedule that fails at its start.
+
     >>> timeline = Timeline(steps=4, hold=1, cycles=2, max_penalty=1.0, schedule=linear)
     >>> [timeline.penalty(ticks) for ticks in range(timeline.ticks + 1)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -104,6 +108,17 @@ class Timeline:
     cycles: int
     max_penalty: float
     schedule: Callable[[float], float]
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, at_least=1)
+        check_integer("hold", self.hold, at_least=0)
+        check_integer("cycles", self.cycles, at_least=1)
+        if isinstance(self.max_penalty, bool) or not isinstance(self.max_penalty, Real):
+            kind = type(self.max_penalty).__name__
+            raise TypeError(f"max_penalty must be a finite number of at least 0, got {self.max_penalty!r} (a {kind})")
+        if not (math.isfinite(self.max_penalty) and self.max_penalty >= 0):
+            raise ValueError(f"max_penalty must be a finite number of at least 0, got {self.max_penalty!r}")
+        self.penalty(0)
 
     @property
     def ticks_per_cycle(self) -> int:
@@ -122,3 +137,17 @@ class Timeline:
         """λ of the update that follows so many ticks."""
         within = ticks - self.cycle(ticks) * self.ticks_per_cycle
         return self.max_penalty * self.schedule(min(1.0, (within + 1) / self.steps))
+
+
+def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
+    """An integer, not a bool, of at least a bound."""
+    allowed = "an integer" if at_least is None else f"an integer of at least {at_least}"
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be {allowed}, got the bool {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {allowed}, got {value!r} (a {type(value).__name__})") from None
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number

@@ -1,38 +1,33 @@
-"""A ticket: all the holds on one model, and the optimizer hooks through which the penalty and the zeros reach it.
-
-This is the only place that touches somebody's training loop. One pair of hooks for all optimizers is installed, once,
-in a
-process: taking a hook away while optimizers run over the hooks is not safe.
-"""
+"""A ticket: all the holds on one model, the penalty on them, and what has carried it."""
 
 from __future__ import annotations
 
-import functools
-import sys
-import threading
+import warnings
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .holds import Hold
+from .hooks import groups_of, outer_steps, register
 from .kernels import add_scaled_, squared_norms
 from .shards import is_sharded, local, placed_like, reshard, sum_over_shards
+from .targets import unwrapped_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator
     from types import FrameType
 
+    from torch.optim import Optimizer
+
     from .holds import Mask
+    from .hooks import Groups, Held
     from .targets import Target
 
-    Groups = dict[int, dict[str, Any]]  # id of a parameter -> the optimizer's group that holds it
-    Held = list[tuple[Hold, Tensor, dict[str, Any]]]
-
 _MARK = "_dual_ticket_penalised_at"  # the attribute of a gradient that says at which version it got the penalty
+_IDLE_TICKS = 100  # more than GradScaler ever skips at its start
 
 
 class Ticket:
@@ -49,10 +44,12 @@ class Ticket:
         self.ever_carried = False
         self.optimizer: weakref.ref[Optimizer] | None = None
         self._found_infs: list[Tensor] = []
+        self._idle_ticks = 0
+        self._has_warned = False
         self._model: weakref.ref[nn.Module] | None = None
         if model is not None:
             self.attach(model)
-        _register(self)
+        register(self)
 
     def attach(self, model: nn.Module) -> None:
         """The root of the modules that are held."""
@@ -86,6 +83,21 @@ class Ticket:
         for hold in self.holds:
             if hold.mask != masks[hold.name]:
                 hold.set_mask(masks[hold.name])
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Set the masked weights to zero in another model of the same structure."""
+        parameters = dict(unwrapped_parameters(model))
+        holds = self.primary_holds
+        for hold in holds:
+            other = parameters.get(hold.name)
+            if other is None or tuple(other.shape) != hold.mask.shape:
+                what = "no such parameter" if other is None else f"shape {tuple(other.shape)}"
+                raise ValueError(
+                    f"apply_masks() needs a model of the same structure: {hold.name} has shape {hold.mask.shape} here,"
+                    f" and {what} in the given {type(model).__name__}"
+                )
+        for hold in holds:
+            hold.zero_another(parameters[hold.name])
 
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
@@ -127,8 +139,8 @@ class Ticket:
         self._found_infs.clear()
         return self.update_pending
 
-    def tick(self) -> list[str]:
-        """End the tick. Returns the names of targets that were changed by something that carried no penalty."""
+    def tick(self) -> None:
+        """Begin a new tick; warns, once, if the weights are changed by something that carries no penalty."""
         bypassed = []
         for hold in self.primary_holds:
             parameter = hold.parameter()
@@ -140,8 +152,17 @@ class Ticket:
                     bypassed.append(hold.name)
                 hold.version_at_tick = version
             hold.carried = False
+        self._idle_ticks += not self.ever_carried
+        if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
+            self._has_warned = True
+            what = f"{', '.join(bypassed[:3])} changed" if bypassed else f"step() was called {_IDLE_TICKS} times"
+            warnings.warn(
+                f"{what}, but no update carried the penalty: the updates come from something that is not a "
+                "torch.optim.Optimizer holding the model's own parameters (master weights, an optimizer of another "
+                "library). Call rst.apply_penalty() after backward(), before each such update.",
+                stacklevel=3,
+            )
         self.update_pending = self.silenced = False
-        return bypassed
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +206,7 @@ class Ticket:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
                 # the outer step has changed or replaced it since.
                 if outer is None:
-                    outer = [_groups(other) for other in _outer_steps(frame)]
+                    outer = [groups_of(other) for other in outer_steps(frame)]
                 if any(id(parameter) in groups for groups in outer):
                     continue
             hold.carried = True
@@ -254,124 +275,21 @@ class Ticket:
         self.__dict__.update(state)  # the holds of the copied layers add themselves
 
 
-# -- the optimizer hooks ---------------------------------------------------------------------------------------------
+class MaskView(Mapping[str, Tensor]):
+    """The masks by parameter name, each drawn when it is asked for."""
 
-_lock = threading.Lock()
-_tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
-_installed = False
+    def __init__(self, masks: Mapping[str, Mask], ticket: Ticket) -> None:
+        self._masks = masks
+        self._ticket = ticket
 
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name].draw(device=self._ticket.device_of(name))
 
-def _register(ticket: Ticket) -> None:
-    global _tickets, _installed
-    with _lock:
-        _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
-        if not _installed:
-            register_optimizer_step_pre_hook(_before_step)
-            register_optimizer_step_post_hook(_after_step)
-            _installed = True
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
 
+    def __len__(self) -> int:
+        return len(self._masks)
 
-def holder_of(parameter: Tensor) -> Hold | None:
-    """The hold on a parameter, if any ticket in this process has one."""
-    for ref in _tickets:
-        ticket = ref()
-        for hold in () if ticket is None else ticket.holds:
-            if hold.parameter() is parameter:
-                return hold
-    return None
-
-
-def _groups(optimizer: Optimizer) -> Groups:
-    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]:
-    """The tickets of one phase that have parameters in this optimizer, with their holds on them."""
-    groups: Groups | None = None
-    found = []
-    for ref in _tickets:
-        ticket = ref()
-        if ticket is None or ticket.enforcing is not enforcing:
-            continue
-        if groups is None:
-            groups = _groups(optimizer)
-        held = ticket.held_by(groups)
-        if held:
-            found.append((ticket, held))
-    return found
-
-
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()
-    return _prepare_step(optimizer, args, kwargs, sys._getframe(1))
-
-
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for _, held in _held(optimizer, enforcing=True):
-        for hold, parameter, _ in held:
-            hold.zero(parameter)
-
-
-def _prepare_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
-    enforced = _held(optimizer, enforcing=True)
-    for _, held in enforced:
-        for hold, parameter, _ in held:
-            hold.watch(parameter)
-    penalised = [
-        (ticket, held)
-        for ticket, held in _held(optimizer, enforcing=False)
-        if not ticket.silenced and (ticket.optimizer is None or ticket.optimizer() is optimizer)
-    ]
-    closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
-    if closure is None:
-        with torch.no_grad():
-            for ticket, held in penalised:
-                ticket.penalise(held, optimizer, frame)
-        return None
-    if getattr(closure, "penalised_for", None) is optimizer or not (enforced or penalised):
-        return None
-    wrapped = _penalised_closure(closure, optimizer)
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": wrapped}
-    return (args[0], wrapped, *args[2:]), kwargs
-
-
-def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-    """The closure, with zeros in force when it computes the loss and the penalty added when it has the gradients."""
-
-    @functools.wraps(closure)
-    def penalised() -> Any:
-        with torch.no_grad():
-            for _, held in _held(optimizer, enforcing=True):
-                for hold, parameter, _ in held:
-                    if not hold.is_clean(parameter):
-                        hold.zero(parameter)
-        loss = closure()
-        with torch.no_grad():
-            for ticket, held in _held(optimizer, enforcing=False):
-                if ticket.silenced or (ticket.optimizer is not None and ticket.optimizer() is not optimizer):
-                    continue
-                ticket.penalise(held, optimizer)
-                if isinstance(optimizer, LBFGS):  # its line search compares losses
-                    loss = loss + ticket.penalty_of(held)
-        return loss
-
-    penalised.penalised_for = optimizer  # type: ignore[attr-defined]
-    return penalised
-
-
-def _outer_steps(frame: FrameType) -> list[Optimizer]:
-    """The optimizers in whose step the step of this frame runs.
-
-    Read off the call stack: a flag set before a step and cleared after it would stay set when the step raises.
-    """
-    outer = []
-    caller = frame.f_back
-    while caller is not None:
-        if caller.f_code is frame.f_code:
-            optimizer = caller.f_locals.get("self")
-            if isinstance(optimizer, Optimizer):
-                outer.append(optimizer)
-        caller = caller.f_back
-    return outer
+    def __repr__(self) -> str:
+        return f"masks of {', '.join(self._masks)}"

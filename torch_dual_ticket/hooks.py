@@ -1,0 +1,149 @@
+"""The only place that touches somebody's training loop: what happens before and after each optimizer step.
+
+One pair of hooks for all optimizers is installed in a process, once and for good: taking a hook away while an optimizer
+walks over its hooks is not safe, and the garbage collector may drop a scheduler at any moment.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from torch import Tensor
+
+    from .holds import Hold
+    from .tickets import Ticket
+
+    Groups = dict[int, dict[str, Any]]  # id of a parameter -> the optimizer's group that holds it
+    Held = list[tuple[Hold, Tensor, dict[str, Any]]]
+
+_lock = threading.Lock()
+_tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
+_installed = False
+
+
+def register(ticket: Ticket) -> None:
+    global _tickets, _installed
+    with _lock:
+        _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
+        if not _installed:
+            register_optimizer_step_pre_hook(_before_step)
+            register_optimizer_step_post_hook(_after_step)
+            _installed = True
+
+
+def holder_of(parameter: Tensor) -> Hold | None:
+    """The hold on a parameter, if any ticket in this process has one."""
+    for ref in _tickets:
+        ticket = ref()
+        for hold in () if ticket is None else ticket.holds:
+            if hold.parameter() is parameter:
+                return hold
+    return None
+
+
+def groups_of(optimizer: Optimizer) -> Groups:
+    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]:
+    """The tickets of one phase that have parameters in this optimizer, with their holds on them."""
+    groups: Groups | None = None
+    found = []
+    for ref in _tickets:
+        ticket = ref()
+        if ticket is None or ticket.enforcing is not enforcing:
+            continue
+        if groups is None:
+            groups = groups_of(optimizer)
+        held = ticket.held_by(groups)
+        if held:
+            found.append((ticket, held))
+    return found
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
+    return _prepare_step(optimizer, args, kwargs, sys._getframe(1))
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for _, held in _held(optimizer, enforcing=True):
+        for hold, parameter, _ in held:
+            hold.zero(parameter)
+
+
+def _prepare_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
+    enforced = _held(optimizer, enforcing=True)
+    for _, held in enforced:
+        for hold, parameter, _ in held:
+            hold.watch(parameter)
+    penalised = [
+        (ticket, held)
+        for ticket, held in _held(optimizer, enforcing=False)
+        if not ticket.silenced and (ticket.optimizer is None or ticket.optimizer() is optimizer)
+    ]
+    closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
+    if closure is None:
+        with torch.no_grad():
+            for ticket, held in penalised:
+                ticket.penalise(held, optimizer, frame)
+        return None
+    if getattr(closure, "penalised_for", None) is optimizer or not (enforced or penalised):
+        return None
+    wrapped = _penalised_closure(closure, optimizer)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": wrapped}
+    return (args[0], wrapped, *args[2:]), kwargs
+
+
+def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    """The closure, with zeros in force when it computes the loss and the penalty added when it has the gradients."""
+
+    @functools.wraps(closure)
+    def penalised() -> Any:
+        with torch.no_grad():
+            for _, held in _held(optimizer, enforcing=True):
+                for hold, parameter, _ in held:
+                    if not hold.is_clean(parameter):
+                        hold.zero(parameter)
+        loss = closure()
+        with torch.no_grad():
+            for ticket, held in _held(optimizer, enforcing=False):
+                if ticket.silenced or (ticket.optimizer is not None and ticket.optimizer() is not optimizer):
+                    continue
+                ticket.penalise(held, optimizer)
+                if isinstance(optimizer, LBFGS):  # its line search compares losses
+                    loss = loss + ticket.penalty_of(held)
+        return loss
+
+    penalised.penalised_for = optimizer  # type: ignore[attr-defined]
+    return penalised
+
+
+def outer_steps(frame: FrameType) -> list[Optimizer]:
+    """The optimizers in whose step the step of this frame runs.
+
+    Read off the call stack: a flag set before a step and cleared after it would stay set when the step raises.
+    """
+    outer = []
+    caller = frame.f_back
+    while caller is not None:
+        if caller.f_code is frame.f_code:
+            optimizer = caller.f_locals.get("self")
+            if isinstance(optimizer, Optimizer):
+                outer.append(optimizer)
+        caller = caller.f_back
+    return outer
