@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .masks import MaskSpec
     from .targets import Target
+    from .tickets import Ticket
 
 STATE_VERSION = 1
 
@@ -59,6 +60,21 @@ def check_directions(targets: list[Target], masks: Mapping[str, MaskSpec]) -> No
                     " whose norm is a divisor. Choose a lower sparsity for the layer, an unstructured pattern or"
                     f" another seed, or leave it out with exclude=[{target.layer_name!r}]."
                 )
+
+
+def check_trained(ticket: Ticket, ticks: int) -> None:
+    """There is something to finalise: layers in hand, and an update that carried the penalty."""
+    if not ticket.holds:
+        raise RuntimeError(
+            "this scheduler holds no layer: it was removed, or it is a copy made during the transformation. Build a new"
+            " RSTScheduler on the model."
+        )
+    if not (ticks or ticket.ever_carried):
+        raise RuntimeError(
+            "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with an"
+            " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
+            " torch.optim.Optimizer's, call rst.apply_penalty() before each."
+        )
 
 
 def check_state(state: Mapping[str, Any]) -> tuple[int, bool, str, int]:

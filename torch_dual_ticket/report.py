@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from .shards import sum_over_shards
 
 if TYPE_CHECKING:
     from .tickets import Ticket
+
+_MAX_RESIDUAL = 0.01
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,16 @@ def measure(ticket: Ticket) -> Report:
         )
     pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
     return Report(tuple(layers), LayerReport("total", pruned, size, _ratio(masked_sum, total_sum)))
+
+
+def warn_of_residual(report: Report, penalty: float) -> None:
+    """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
+    if report.total.residual > _MAX_RESIDUAL:
+        warnings.warn(
+            f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero (λ had"
+            f" reached {penalty:.3g}): transform for longer (steps, hold), or with a higher max_penalty or lr",
+            stacklevel=3,
+        )
 
 
 def _ratio(masked: float, total: float) -> float:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import STATE_VERSION, check_directions, check_optimizer, check_same_masks, check_state, check_unheld
+from . import arguments
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
-from .report import measure
+from .report import measure, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
 from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from .report import Report
     from .targets import TargetType
 
-_MAX_RESIDUAL = 0.01  # above this, finalize() takes away something that the network still uses
-
 
 class RSTScheduler:
     """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside a training loop of your own.
@@ -36,8 +34,7 @@ class RSTScheduler:
     of the weights that will be masked, with λ growing, through the step of whatever ``torch.optim.Optimizer`` holds
     them. :meth:`finalize` sets them to zero and keeps them there while the same loop finetunes.
 
-    Construct it before or after wrapping the model (DDP, ``fully_shard``, ``torch.compile``) and creating the
-    optimizer.
+    Construct it before or after wrapping the model (DDP, FSDP2, ``torch.compile``) and creating the optimizer.
 
     Args:
         model: the module to prune. Its weights, names and structure stay as they are.
@@ -58,8 +55,7 @@ class RSTScheduler:
         optimizer: the only one whose updates carry the penalty. None: any that holds a target.
 
     Raises:
-        TypeError, ValueError: input that cannot be used; the model is left as it was.
-        RuntimeError: ranks disagree on the seed or the sparsity.
+        TypeError, ValueError, RuntimeError: input that cannot be used, or ranks that disagree; nothing is changed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -100,10 +96,10 @@ class RSTScheduler:
         found = find_targets(model, targets, exclude)
         plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
         found = [target for target in found if target.name in plan.shapes]
-        check_unheld(found)
-        check_optimizer(optimizer, found)
+        arguments.check_unheld(found)
+        arguments.check_optimizer(optimizer, found)
         self.seed = agree_on_seed(given_seed, {name: (plan.shapes[name], n) for name, n in plan.pruned[-1].items()})
-        check_directions(found, plan.masks(self.seed))
+        arguments.check_directions(found, plan.masks(self.seed))
 
         self._plan = plan
         self._seed_is_given = given_seed is not None
@@ -139,11 +135,11 @@ class RSTScheduler:
         ticket.tick()
         if not carried:
             return
-        cycle = self._cycle
-        self._ticks = min(self._ticks + 1, self._timeline.ticks)
-        if self._cycle != cycle:
-            ticket.set_masks(self._plan.masks(self.seed, self._cycle))
-        ticket.penalty = self._timeline.penalty(self._ticks)
+        ticks = min(self._ticks + 1, self._timeline.ticks)
+        ticket.penalty = self._timeline.penalty(ticks)
+        if self._timeline.cycle(ticks) != self._cycle:
+            ticket.set_masks(self._plan.masks(self.seed, self._timeline.cycle(ticks)))
+        self._ticks = ticks
 
     @property
     def _cycle(self) -> int:
@@ -204,47 +200,29 @@ class RSTScheduler:
             raise ValueError(f"unknown layout {layout!r}; allowed are 'plain' and 'prune'")
         ticket = self._ticket
         if not ticket.enforcing:
-            if not ticket.holds:
-                raise RuntimeError(
-                    "this scheduler holds no layer: it was removed, or it is a copy made during the transformation."
-                    " Build a new RSTScheduler on the model."
-                )
-            if not (self._ticks or ticket.ever_carried):
-                raise RuntimeError(
-                    "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with"
-                    " an optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
-                    " torch.optim.Optimizer's, call rst.apply_penalty() before each."
-                )
+            arguments.check_trained(ticket, self._ticks)
             if layout == "prune":
                 check_stock_layout(ticket.holds)
-            cycles = self._timeline.cycles
-            if self._cycle < cycles - 1:
+            cycle, cycles = self._cycle + 1, self._timeline.cycles
+            if cycle < cycles:
                 warnings.warn(
-                    f"finalize() in cycle {self._cycle + 1} of {cycles}: the weights that the outstanding cycles would "
-                    "have masked were never penalised",
+                    f"finalize() in cycle {cycle} of {cycles}: what the outstanding cycles would have masked was never"
+                    " penalised",
                     stacklevel=2,
                 )
-            self._report = self._enforce()
-            if self._report.total.residual > _MAX_RESIDUAL:
-                reached = self._timeline.penalty(max(0, self._ticks - 1))
-                warnings.warn(
-                    f"the masked weights still held {self._report.total.residual:.1%} of the norm when they were set to"
-                    f" zero (λ had reached {reached:.3g}): transform for longer (steps, hold), or with a higher"
-                    " max_penalty or learning rate",
-                    stacklevel=2,
-                )
+            report = self._measure_final_masks()
+            warn_of_residual(report, self._timeline.penalty(max(0, self._ticks - 1)))
+            ticket.enforce()
+            self._report = report
         if layout == "prune":
             self.to_prune()
         assert self._report is not None
         return self._report
 
-    def _enforce(self) -> Report:
-        """Go over to the final masks and to finetuning. Returns what the masked weights were worth."""
+    def _measure_final_masks(self) -> Report:
         self._ticket.reshard()
         self._ticket.set_masks(self._plan.masks(self.seed))
-        report = measure(self._ticket)
-        self._ticket.enforce()
-        return report
+        return measure(self._ticket)
 
     def to_prune(self) -> None:
         """Turn the finalised model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
@@ -298,9 +276,8 @@ class RSTScheduler:
         cycles = self._timeline.cycles
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         return (
-            f"RSTScheduler({self.phase}{cycle}: {self.progress:.0%} of {self._timeline.ticks:,} ticks,"
-            f" λ={self.penalty:.4g}, {len(self._masks())} layers at {self.sparsity:.2%} sparsity,"
-            f" seed={self.seed})"
+            f"RSTScheduler({self.phase}{cycle}: {self.progress:.0%} of {self._timeline.ticks:,} ticks, λ={self.penalty:.4g},"
+            f" {len(self._masks())} layers at {self.sparsity:.2%} sparsity, seed={self.seed})"
         )
 
     # -- restarts ------------------------------------------------------------------------------------------------------
@@ -308,7 +285,7 @@ class RSTScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Ticks, phase, seed and a fingerprint of each mask; never the masks, and never the weights."""
         return {
-            "version": STATE_VERSION,
+            "version": arguments.STATE_VERSION,
             "ticks": self._ticks,
             "update_pending": self._ticket.has_pending_update(),
             "phase": self.phase,
@@ -324,16 +301,17 @@ class RSTScheduler:
         Raises:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
         """
-        ticks, pending, phase, seed = check_state(state)
+        ticks, pending, phase, seed = arguments.check_state(state)
         unused = not (self._ticks or self._ticket.ever_carried or self._ticket.enforcing)
         adopts = unused and not self._seed_is_given
-        check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
+        arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
         ticket = self._ticket
         if phase == "finetune":
             if not ticket.enforcing:
-                self._report = self._enforce()
+                self._report = self._measure_final_masks()
+                ticket.enforce()
             return
         if ticket.enforcing:
             ticket.relax()

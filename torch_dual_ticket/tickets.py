@@ -124,6 +124,7 @@ class Ticket:
         """Let go of the model: no hook is left."""
         for hold in self.holds:
             hold.detach()
+        self.penalty = 0.0
 
     def abandon(self) -> None:
         """When nobody can reach the scheduler any more: a transformation ends, a finalised model stays held."""
