@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ ALGORITHM = 1
 
 # Measured: on CPU a chunk that stays below OpenMP's grain size, and so in cache, is fastest.
 _CPU_CHUNK = 32_768
-_GPU_CHUNK = 2**22
+_GPU_CHUNK = 2**21
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class MaskSpec:
         transposed: dimension 0 holds the input units and dimension 1 the output units, as in ``ConvTranspose2d``.
 
     Raises:
+        TypeError: `seed`, `pruned` or a size is no integer.
         ValueError: the pattern is unknown or does not fit the shape, or `pruned` is not possible for it.
 
     Example:
@@ -69,7 +71,10 @@ class MaskSpec:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        # Other integer types, such as numpy's, would not get through to the key.
+        object.__setattr__(self, "seed", index(self.seed))
+        object.__setattr__(self, "pruned", index(self.pruned))
+        object.__setattr__(self, "shape", tuple(index(size) for size in self.shape))
         units = self.units
         if not 0 <= self.pruned <= units:
             raise ValueError(f"pruned must lie in 0 … {units}, the units of shape {self.shape}, got {self.pruned}")

@@ -21,8 +21,9 @@ from array import array
 import torch
 from torch import Tensor
 
-# Measured: with 4 rounds rows, columns, neighbouring pairs and rectangles of aligned square matrices pass chi-square
-# tests over 1,000 keys. Two more are the margin.
+# Measured over 1,000 keys on matrices as wide as the halves, the worst case, against torch.randperm: row and column
+# sums, correlations at several lags, rectangles, largest eigenvalue and Fourier peak. 3 rounds differ plainly, 4 in one
+# case, 5 and 6 in none.
 ROUNDS = 6
 SORTED_BELOW = 4096
 _WORD_BYTES = 8
