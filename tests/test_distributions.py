@@ -57,34 +57,41 @@ def test_no_number(value):
 # ---------------------------------------------------------------------- uniform and by name
 
 
-@given(st.dictionaries(st.text(max_size=3), st.integers(0, 10**12)), sparsities)
-def test_uniform_rounds_each_layer(units, sparsity):
-    assert uniform(units, sparsity) == {name: round(sparsity * count) for name, count in units.items()}
+@given(st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 10**12), sparsities)))
+def test_uniform_rounds_each_layer(layers):
+    units = {name: count for name, (count, _) in layers.items()}
+    of_each = {name: sparsity for name, (_, sparsity) in layers.items()}
+    assert uniform(units, of_each) == {name: round(sparsity * count) for name, (count, sparsity) in layers.items()}
 
 
-def test_uniform_checks_the_sparsity():
-    with pytest.raises(ValueError, match="got 1"):
-        uniform({}, 1)
+def one_layer_each(*names):
+    return {f"{name}.weight": [name] for name in names}
 
 
 def test_first_match_wins_and_unmatched_stay_dense():
-    units = {"features.0": 100, "features.3": 100, "head.fc": 100, "stem": 100}
-    assert by_name(units, {"features.0": 0.1, "features.*": 0.5, "*fc": 0.9}) == {
-        "features.0": 10,
-        "features.3": 50,
-        "head.fc": 90,
-        "stem": 0,
+    layers = one_layer_each("features.0", "features.3", "head.fc", "stem")
+    assert by_name(layers, {"features.0": 0.1, "features.*": 0.5, "*fc": 0.9}) == {
+        "features.0.weight": 0.1,
+        "features.3.weight": 0.5,
+        "head.fc.weight": 0.9,
+        "stem.weight": 0.0,
     }
-    assert by_name(units, {"*": 0.2, "stem": 0.9}) == dict.fromkeys(units, 20)
-    assert by_name({"": 10}, {"*": 0.5}) == {"": 5}
-    assert by_name({"STEM": 10, "stem": 10}, {"s*": 0.5}) == {"STEM": 0, "stem": 5}
-    assert list(by_name(units, {"stem": 0.5, "*": 0})) == list(units)
+    assert by_name(layers, {"*": 0.2, "stem": 0.9}) == dict.fromkeys(layers, 0.2)
+    assert by_name(one_layer_each(""), {"*": 0.5}) == {".weight": 0.5}
+    assert by_name(one_layer_each("STEM", "stem"), {"s*": 0.5}) == {"STEM.weight": 0.0, "stem.weight": 0.5}
+    assert list(by_name(layers, {"stem": 0.5, "*": 0})) == list(layers)
+
+
+def test_a_tied_weight_answers_to_each_of_its_layers():
+    layers = {"embedding.weight": ["embedding", "head"], "fc.weight": ["fc"]}
+    assert by_name(layers, {"head": 0.5}) == {"embedding.weight": 0.5, "fc.weight": 0.0}
+    assert by_name(layers, {"head": 0.5, "embedding": 0.75})["embedding.weight"] == 0.75
 
 
 def test_patterns_without_a_layer_are_refused_with_close_names():
     names = [*RESNET_LIKE]
     with pytest.raises(ValueError, match=r"pattern 'layr3.0' matches no layer; close names: 'layer3.0'"):
-        by_name(dict.fromkeys(names, 10), {"layer1.*": 0.5, "layr3.0": 0.9})
+        by_name(one_layer_each(*names), {"layer1.*": 0.5, "layr3.0": 0.9})
     with pytest.raises(ValueError, match=r"exclude pattern 'zzz' matches no layer; there are: 'conv1', .*, …$"):
         require_matches(["zzz"], names, "exclude pattern")
     with pytest.raises(ValueError, match=r"there are: 'a'$"):
@@ -97,9 +104,9 @@ def test_patterns_without_a_layer_are_refused_with_close_names():
 
 def test_bad_values_name_their_pattern():
     with pytest.raises(ValueError, match=r"the sparsity of 'f\*' must lie in"):
-        by_name({"fc": 10}, {"f*": 1.5})
+        by_name(one_layer_each("fc"), {"f*": 1.5})
     with pytest.raises(TypeError, match=r"the sparsity of 'fc' must be a number"):
-        by_name({"fc": 10}, {"fc": True})
+        by_name(one_layer_each("fc"), {"fc": True})
 
 
 # ---------------------------------------------------------------------- Erdős–Rényi-Kernel

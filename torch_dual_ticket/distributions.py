@@ -39,39 +39,38 @@ def validate_sparsity(value: object, what: str = "sparsity") -> float:
     return float(number)
 
 
-def uniform(units: Mapping[str, int], sparsity: float) -> dict[str, int]:
-    """The same sparsity in each layer: ``round(sparsity * units)`` of its units.
+def uniform(units: Mapping[str, int], sparsities: Mapping[str, float]) -> dict[str, int]:
+    """Each layer's own sparsity, rounded to whole units: ``round(sparsity * units)``.
 
-    >>> uniform({"0": 235, "2": 5}, 0.9)
+    >>> uniform({"0": 235, "2": 5}, {"0": 0.9, "2": 0.9})
     {'0': 212, '2': 4}
     """
-    sparsity = validate_sparsity(sparsity)
-    return {name: pruned_units(sparsity, count) for name, count in units.items()}
+    return {name: pruned_units(sparsities[name], count) for name, count in units.items()}
 
 
-def by_name(units: Mapping[str, int], sparsities: Mapping[str, float]) -> dict[str, int]:
-    """A sparsity for each layer, chosen by fnmatch patterns: the first match wins, unmatched layers stay dense.
+def by_name(layers: Mapping[str, Sequence[str]], sparsities: Mapping[str, float]) -> dict[str, float]:
+    """The sparsity of each weight by fnmatch patterns: the first match wins, and what nothing matches stays dense (0).
 
     Args:
-        units: layer name -> its number of units.
+        layers: name of the weight -> names of the layers that hold it: one, or several if it is tied.
         sparsities: fnmatch pattern of layer names -> sparsity.
 
     Raises:
         ValueError: a pattern matches no layer, or a sparsity is outside [0, 1).
         TypeError: a pattern is no string, or a sparsity no number.
 
-    >>> by_name({"conv1": 100, "layer1.conv": 200, "fc": 50}, {"layer1.*": 0.9, "conv*": 0.5})
-    {'conv1': 50, 'layer1.conv': 180, 'fc': 0}
+    >>> layers = {"conv1.weight": ["conv1"], "layer1.conv.weight": ["layer1.conv"], "fc.weight": ["fc"]}
+    >>> by_name(layers, {"layer1.*": 0.9, "conv*": 0.5})
+    {'conv1.weight': 0.5, 'layer1.conv.weight': 0.9, 'fc.weight': 0.0}
     """
-    require_matches(sparsities, units)
+    require_matches(sparsities, [layer for names in layers.values() for layer in names], "sparsity: pattern")
     valid = {
         pattern: validate_sparsity(sparsity, f"the sparsity of {pattern!r}") for pattern, sparsity in sparsities.items()
     }
-    pruned = {}
-    for name, count in units.items():
-        sparsity = next((valid[pattern] for pattern in valid if fnmatchcase(name, pattern)), 0.0)
-        pruned[name] = pruned_units(sparsity, count)
-    return pruned
+    return {
+        name: next((valid[pattern] for layer in names for pattern in valid if fnmatchcase(layer, pattern)), 0.0)
+        for name, names in layers.items()
+    }
 
 
 def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from .distributions import erk, require_matches, validate_sparsity
+from .distributions import by_name, erk, uniform, validate_sparsity
 from .masks import MaskSpec
-from .patterns import count_units, implied_sparsity, parse_pattern, pruned_units
+from .patterns import count_units, implied_sparsity, parse_pattern
 
 if TYPE_CHECKING:
     from .targets import Target
@@ -74,9 +73,7 @@ def make_plan(
             level = _level(sparsities[chosen[0].name], cycle, cycles)
             cycle_counts.append(erk(shapes, level, None if pattern == "unstructured" else units))
         else:
-            cycle_counts.append(
-                {name: pruned_units(_level(sparsities[name], cycle, cycles), count) for name, count in units.items()}
-            )
+            cycle_counts.append(uniform(units, {name: _level(sparsities[name], cycle, cycles) for name in units}))
     if not any(cycle_counts[-1].values()):
         raise ValueError(
             f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units"
@@ -92,13 +89,7 @@ def _sparsities(targets: list[Target], sparsity: float | Mapping[str, float]) ->
     """The sparsity of each target, by parameter name."""
     if not isinstance(sparsity, Mapping):
         return dict.fromkeys((target.name for target in targets), validate_sparsity(sparsity))
-    layers = {target.name: [place.layer_name for place in target.places] for target in targets}
-    require_matches(sparsity, [name for names in layers.values() for name in names], "sparsity: pattern")
-    valid = {pattern: validate_sparsity(value, f"the sparsity of {pattern!r}") for pattern, value in sparsity.items()}
-    return {
-        name: next((valid[p] for layer in names for p in valid if fnmatchcase(layer, p)), 0.0)
-        for name, names in layers.items()
-    }
+    return by_name({target.name: [place.layer_name for place in target.places] for target in targets}, sparsity)
 
 
 def _check_implied(
