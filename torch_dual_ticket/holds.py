@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
-from .kernels import SMALL, keep_
+from .kernels import SMALL, clear_
 from .shards import is_sharded, local, local_offset
 
 if TYPE_CHECKING:
@@ -79,14 +79,19 @@ class Hold(prune.BasePruningMethod):
 
     # -- the parameter and its mask ------------------------------------------------------------------------------------
 
+    def owner(self) -> nn.Module | None:
+        """The module that registers the parameter."""
+        return self._owner()
+
     def parameter(self) -> Tensor | None:
         owner = self._owner()
         return None if owner is None else owner._parameters.get(self.attribute)
 
     def mask_for(self, parameter: Tensor, weight: Tensor) -> Tensor:
-        """1 where the work is: at the masked weights in the transformation, at the kept ones in finetuning.
+        """The mask in the form that the kernels of the phase need, of the local shard's shape and layout.
 
-        Of the local shard's shape and layout; uint8, or a wider type for small tensors.
+        For the penalty 1 at the masked weights, as uint8, or in the weight's dtype for small tensors. For the zeros 1
+        at the kept weights, as uint8; or, for small tensors, a bool that is True at the masked ones.
         """
         key = (weight.device, weight.dtype, weight.shape, weight.stride())
         if self._cached is None or self._cached_for != key or self._drawn_for() is not parameter:
@@ -97,11 +102,9 @@ class Hold(prune.BasePruningMethod):
         return self._cached
 
     def _formed(self, kept: Tensor, weight: Tensor) -> Tensor:
-        if weight.numel() > SMALL:
-            dtype = torch.uint8
-        else:
-            dtype = _bits_dtype(weight) if self.ticket.enforcing else weight.dtype
-        chosen = kept if self.ticket.enforcing else kept.logical_not()
+        enforcing, small = self.ticket.enforcing, weight.numel() <= SMALL
+        dtype = torch.uint8 if not small else torch.bool if enforcing else weight.dtype
+        chosen = kept if enforcing and not small else kept.logical_not()
         return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(chosen)
 
     def layer(self) -> nn.Module:
@@ -138,11 +141,10 @@ class Hold(prune.BasePruningMethod):
         self._cached = None
         self._stop_watching()
 
-    @torch.no_grad()
     def zero(self, parameter: Tensor) -> None:
-        """Set the masked weights to zero."""
+        """Set the masked weights to zero. Call it under ``no_grad``."""
         weight = local(parameter)
-        keep_(weight, self.mask_for(parameter, weight))
+        clear_(weight, self.mask_for(parameter, weight))
         self._sharded = is_sharded(parameter)
         self._clean = (weakref.ref(parameter), weight._version)
 
@@ -151,7 +153,7 @@ class Hold(prune.BasePruningMethod):
         """Set the masked weights to zero in a parameter of another model."""
         weight = local(parameter)
         kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-        keep_(weight, kept.to(torch.uint8))
+        clear_(weight, kept.to(torch.uint8))
 
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the parameter is unchanged since its masked weights were set to zero."""
@@ -172,8 +174,8 @@ class Hold(prune.BasePruningMethod):
             self._gradient_hook.remove()
         self._gradient_hook = self._hooked = None
 
-    @torch.no_grad()
     def mask_gradient(self, parameter: Tensor) -> None:
+        """Set the gradients of the masked weights to zero. Call it under ``no_grad``."""
         grad = parameter.grad
         if grad is None:
             return
@@ -181,10 +183,9 @@ class Hold(prune.BasePruningMethod):
         kept = self.mask_for(parameter, weight)
         if grad.is_sparse:
             grad = parameter.grad = grad.coalesce()
-            grad._values().mul_(kept[grad._indices()[0]])
-            return
-        part = local(grad)
-        keep_(part, kept if part.dtype == weight.dtype else kept.to(torch.uint8))
+            clear_(grad._values(), kept[grad._indices()[0]])
+        else:
+            clear_(local(grad), kept)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 
@@ -263,8 +264,9 @@ class ActiveHold(Hold):
         if not isinstance(parameter, nn.Parameter) or (self._sharded and not is_sharded(parameter)):
             return
         if self.ticket.by_hand or not self.is_clean(parameter):
-            self.zero(parameter)
-            self.watch(parameter)
+            with torch.no_grad():
+                self.zero(parameter)
+                self.watch(parameter)
 
 
 class _NoHook:
@@ -275,10 +277,10 @@ class _NoHook:
 
 def _mask_gradient(hold: weakref.ref[Hold], parameter: Tensor) -> None:
     held = hold()
-    if held is not None:
+    if held is None:
+        return
+    if torch.is_grad_enabled():  # backward(create_graph=True)
+        with torch.no_grad():
+            held.mask_gradient(parameter)
+    else:
         held.mask_gradient(parameter)
-
-
-def _bits_dtype(weight: Tensor) -> torch.dtype:
-    size = weight.itemsize // 2 if weight.is_complex() else weight.itemsize
-    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

@@ -59,16 +59,10 @@ def groups_of(optimizer: Optimizer) -> Groups:
 
 def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]:
     """The tickets of one phase that have parameters in this optimizer, with their holds on them."""
-    groups: Groups | None = None
     found = []
     for ref in _tickets:
         ticket = ref()
-        if ticket is None or ticket.enforcing is not enforcing:
-            continue
-        if groups is None:
-            groups = groups_of(optimizer)
-        held = ticket.held_by(groups)
-        if held:
+        if ticket is not None and ticket.enforcing is enforcing and (held := ticket.held_by(optimizer)):
             found.append((ticket, held))
     return found
 
@@ -80,16 +74,18 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for _, held in _held(optimizer, enforcing=True):
-        for hold, parameter, _ in held:
-            hold.zero(parameter)
+    with torch.no_grad():
+        for _, held in _held(optimizer, enforcing=True):
+            for hold, parameter, _ in held:
+                hold.zero(parameter)
 
 
 def _prepare_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
     enforced = _held(optimizer, enforcing=True)
-    for _, held in enforced:
-        for hold, parameter, _ in held:
-            hold.watch(parameter)
+    with torch.no_grad():
+        for _, held in enforced:
+            for hold, parameter, _ in held:
+                hold.watch(parameter)
     penalised = [
         (ticket, held)
         for ticket, held in _held(optimizer, enforcing=False)

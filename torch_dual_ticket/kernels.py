@@ -46,17 +46,20 @@ def add_scaled_(
         torch._foreach_addcmul_(*alike, value=factor)
 
 
-def keep_(tensor: Tensor, kept: Tensor) -> None:
-    """Set the elements of ``tensor`` where ``kept`` is 0 to exactly +0, whatever they were, in place.
+def clear_(tensor: Tensor, mask: Tensor) -> None:
+    """Set the masked elements of ``tensor`` to exactly +0, whatever they were, in place.
 
-    The multiplication is done on the bit patterns, as integers: NaN, infinities and negative numbers leave +0 behind,
-    where a floating-point product would leave NaN and -0.
+    A bool mask is True at the elements to clear; a uint8 mask is 1 at those to keep. The latter multiplies the bit
+    patterns, as integers: a floating-point product would make NaN of NaN and infinities, and -0 of negative numbers.
     """
+    if mask.dtype is torch.bool:
+        tensor.masked_fill_(mask, 0)
+        return
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-        kept = kept.unsqueeze(-1).expand(tensor.shape)
-    for bits, mask in _widened(tensor.view(_INTEGER_OF_SIZE[tensor.itemsize]), kept):
-        bits.mul_(mask)
+        mask = mask.unsqueeze(-1).expand(tensor.shape)
+    for bits, kept in _widened(tensor.view(_INTEGER_OF_SIZE[tensor.itemsize]), mask):
+        bits.mul_(kept)
 
 
 def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:

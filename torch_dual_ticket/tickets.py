@@ -43,6 +43,7 @@ class Ticket:
         self.update_pending = False
         self.ever_carried = False
         self.optimizer: weakref.ref[Optimizer] | None = None
+        self._members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
         self._found_infs: list[Tensor] = []
         self._idle_ticks = 0
         self._has_warned = False
@@ -110,8 +111,9 @@ class Ticket:
         self.reshard()
         self.enforcing = True
         self.penalty = 0.0
-        for hold in self.holds:
-            hold.activate()
+        with torch.no_grad():
+            for hold in self.holds:
+                hold.activate()
         torch.clear_autocast_cache()  # it may hold casts of the weights as they were
 
     def relax(self) -> None:
@@ -167,30 +169,17 @@ class Ticket:
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
-    def held_by(self, groups: Groups) -> Held:
-        """The holds whose parameters are in these groups, each parameter once."""
-        held, missing = self._look_up(groups)
-        if missing and any(is_sharded(group["params"][0]) for group in groups.values()):
-            self.reshard()
-            held, _ = self._look_up(groups)
-        return held
-
-    def _look_up(self, groups: Groups) -> tuple[Held, bool]:
-        held: Held = []
-        missing = False
-        seen: set[int] = set()
-        for hold in self.holds:
-            parameter = hold.parameter()
-            key = id(parameter)
-            if parameter is None or key in seen:
-                continue
-            seen.add(key)
-            group = groups.get(key)
-            if group is None:
-                missing = True
-            else:
-                held.append((hold, parameter, group))
-        return held, missing
+    def held_by(self, optimizer: Optimizer) -> Held:
+        """The holds whose parameters the optimizer has, each parameter once."""
+        members = self._members.get(optimizer)
+        if members is None or not members.are_current(optimizer):
+            groups = groups_of(optimizer)
+            members = Members(self.holds, optimizer, groups)
+            if members.missing and any(is_sharded(group["params"][0]) for group in groups.values()):
+                self.reshard()
+                members = Members(self.holds, optimizer, groups)
+            self._members[optimizer] = members
+        return members.held
 
     def penalise(self, held: Held, optimizer: Optimizer | None = None, frame: FrameType | None = None) -> None:
         """Add λ·w to the gradients of the masked weights, once to each gradient."""
@@ -199,9 +188,7 @@ class Ticket:
         outer: list[Groups] | None = None
         for hold, parameter, group in held:
             grad = parameter.grad
-            if grad is None:
-                continue
-            if getattr(grad, _MARK, None) == local(grad)._version:
+            if grad is None or grad.__dict__.get(_MARK) == local(grad)._version:
                 continue
             if hold.carried and frame is not None:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
@@ -218,7 +205,8 @@ class Ticket:
                 rows = grad._indices()[0]
                 todo[sign].append((grad._values(), weight[rows], hold.mask_for(parameter, weight)[rows]))
             else:
-                grad = parameter.grad = placed_like(grad, parameter)
+                if is_sharded(grad):
+                    grad = parameter.grad = placed_like(grad, parameter)
                 todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
         if not penalised:
@@ -231,7 +219,7 @@ class Ticket:
                 add_scaled_(grads, weights, masks, factor if scale is None else scale * factor)
         # After all additions: views of one DDP bucket share a version.
         for grad in penalised:
-            setattr(grad, _MARK, local(grad)._version)
+            grad.__dict__[_MARK] = local(grad)._version
         self.ever_carried = True
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
@@ -242,15 +230,16 @@ class Ticket:
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
         self.by_hand = self.silenced = True
-        everything: Groups = {id(parameter): {} for hold in self.holds if (parameter := hold.parameter()) is not None}
-        held, _ = self._look_up(everything)
+        everything = {
+            id(parameter): (hold, parameter) for hold in self.holds if (parameter := hold.parameter()) is not None
+        }
         if self.enforcing:
-            for hold, parameter, _group in held:
+            for hold, parameter in everything.values():
                 hold.mask_gradient(parameter)
                 hold.zero(parameter)
         else:
-            self.penalise(held)
-        return any(parameter.grad is not None for _, parameter, _ in held)
+            self.penalise([(hold, parameter, {}) for hold, parameter in everything.values()])
+        return any(parameter.grad is not None for _, parameter in everything.values())
 
     def penalty_of(self, held: Held) -> Tensor | float:
         """½·λ·‖masked weights‖²: the term of the loss whose gradient the penalty is."""
@@ -264,7 +253,7 @@ class Ticket:
         with torch.no_grad():
             weight = local(parameter).detach()
             mask = hold.mask_for(parameter, weight)
-            return squared_norms(weight, mask == 0 if self.enforcing else mask != 0)
+            return squared_norms(weight, mask == 0 if mask.dtype is torch.uint8 and self.enforcing else mask != 0)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -274,6 +263,40 @@ class Ticket:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)  # the holds of the copied layers add themselves
+
+
+class Members:
+    """The holds that an optimizer has a part in; looking them up costs as much as penalising small layers."""
+
+    def __init__(self, holds: list[Hold], optimizer: Optimizer, groups: Groups) -> None:
+        self.held: Held = []
+        self.missing = False
+        self._sources: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        seen: set[int] = set()
+        for hold in holds:
+            parameter = hold.parameter()
+            owner = hold.owner()
+            if owner is not None:
+                self._sources.append((owner._parameters, hold.attribute, parameter))
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if id(parameter) in groups:
+                self.held.append((hold, parameter, groups[id(parameter)]))
+            else:
+                self.missing = True
+        self._holds = holds
+        self._groups = optimizer.param_groups
+        self._sizes = [len(group["params"]) for group in self._groups]
+
+    def are_current(self, optimizer: Optimizer) -> bool:
+        """Whether neither the model nor the optimizer has other parameters since."""
+        return (
+            optimizer.param_groups is self._groups
+            and [len(group["params"]) for group in self._groups] == self._sizes
+            and all(parameters.get(name) is parameter for parameters, name, parameter in self._sources)
+            and all(hold.attached for hold in self._holds)
+        )
 
 
 class MaskView(Mapping[str, Tensor]):
