@@ -273,10 +273,10 @@ class RSTScheduler:
         self._ticket.apply_masks(model)
 
     def __repr__(self) -> str:
-        cycles = self._timeline.cycles
+        cycles, ticks = self._timeline.cycles, self._timeline.ticks
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         return (
-            f"RSTScheduler({self.phase}{cycle}: {self.progress:.0%} of {self._timeline.ticks:,} ticks, λ={self.penalty:.4g},"
+            f"RSTScheduler({self.phase}{cycle}: {self.progress:.0%} of {ticks:,} ticks, λ={self.penalty:.4g},"
             f" {len(self._masks())} layers at {self.sparsity:.2%} sparsity, seed={self.seed})"
         )
 

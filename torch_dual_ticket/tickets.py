@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .holds import Hold
 from .hooks import groups_of, outer_steps, register
 from .kernels import add_scaled_, squared_norms
+from .members import Members
 from .shards import is_sharded, local, placed_like, reshard, sum_over_shards
 from .targets import unwrapped_parameters
 
@@ -230,9 +231,8 @@ class Ticket:
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
         self.by_hand = self.silenced = True
-        everything = {
-            id(parameter): (hold, parameter) for hold in self.holds if (parameter := hold.parameter()) is not None
-        }
+        looked_up = [(hold, hold.parameter()) for hold in self.holds]
+        everything = {id(parameter): (hold, parameter) for hold, parameter in looked_up if parameter is not None}
         if self.enforcing:
             for hold, parameter in everything.values():
                 hold.mask_gradient(parameter)
@@ -263,40 +263,6 @@ class Ticket:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)  # the holds of the copied layers add themselves
-
-
-class Members:
-    """The holds that an optimizer has a part in; looking them up costs as much as penalising small layers."""
-
-    def __init__(self, holds: list[Hold], optimizer: Optimizer, groups: Groups) -> None:
-        self.held: Held = []
-        self.missing = False
-        self._sources: list[tuple[dict[str, Any], str, Tensor | None]] = []
-        seen: set[int] = set()
-        for hold in holds:
-            parameter = hold.parameter()
-            owner = hold.owner()
-            if owner is not None:
-                self._sources.append((owner._parameters, hold.attribute, parameter))
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if id(parameter) in groups:
-                self.held.append((hold, parameter, groups[id(parameter)]))
-            else:
-                self.missing = True
-        self._holds = holds
-        self._groups = optimizer.param_groups
-        self._sizes = [len(group["params"]) for group in self._groups]
-
-    def are_current(self, optimizer: Optimizer) -> bool:
-        """Whether neither the model nor the optimizer has other parameters since."""
-        return (
-            optimizer.param_groups is self._groups
-            and [len(group["params"]) for group in self._groups] == self._sizes
-            and all(parameters.get(name) is parameter for parameters, name, parameter in self._sources)
-            and all(hold.attached for hold in self._holds)
-        )
 
 
 class MaskView(Mapping[str, Tensor]):
