@@ -57,7 +57,8 @@ def imported_modules(path):
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+            parts = {f"{source}.{alias.name}" for alias in node.names} & names
+            found |= parts or {source}
     return (found & names) - {module_name(path)}
 
 
