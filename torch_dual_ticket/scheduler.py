@@ -100,7 +100,6 @@ class RSTScheduler:
         arguments.check_optimizer(optimizer, found)
         self.seed = agree_on_seed(given_seed, {name: (plan.shapes[name], n) for name, n in plan.pruned[-1].items()})
         arguments.check_directions(found, plan.masks(self.seed))
-
         self._plan = plan
         self._seed_is_given = given_seed is not None
         self._ticks = 0
@@ -206,8 +205,7 @@ class RSTScheduler:
             cycle, cycles = self._cycle + 1, self._timeline.cycles
             if cycle < cycles:
                 warnings.warn(
-                    f"finalize() in cycle {cycle} of {cycles}: what the outstanding cycles would have masked was never"
-                    " penalised",
+                    f"finalize() in cycle {cycle} of {cycles}: what later cycles would have masked was not penalised",
                     stacklevel=2,
                 )
             report = self._measure_final_masks()
@@ -275,10 +273,9 @@ class RSTScheduler:
     def __repr__(self) -> str:
         cycles, ticks = self._timeline.cycles, self._timeline.ticks
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
-        return (
-            f"RSTScheduler({self.phase}{cycle}: {self.progress:.0%} of {ticks:,} ticks, λ={self.penalty:.4g},"
-            f" {len(self._masks())} layers at {self.sparsity:.2%} sparsity, seed={self.seed})"
-        )
+        schedule = f"{self.progress:.0%} of {ticks:,} ticks, λ={self.penalty:.4g}"
+        layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
+        return f"RSTScheduler({self.phase}{cycle}: {schedule}, {layers}, seed={self.seed})"
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 
@@ -302,12 +299,11 @@ class RSTScheduler:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
         """
         ticks, pending, phase, seed = arguments.check_state(state)
-        unused = not (self._ticks or self._ticket.ever_carried or self._ticket.enforcing)
-        adopts = unused and not self._seed_is_given
+        ticket = self._ticket
+        adopts = not (self._seed_is_given or self._ticks or ticket.ever_carried or ticket.enforcing)
         arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
-        ticket = self._ticket
         if phase == "finetune":
             if not ticket.enforcing:
                 self._report = self._measure_final_masks()
