@@ -21,9 +21,9 @@ from quickstart_report import Run, draw, print_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import HeldMasks, random_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,12 +50,8 @@ class Trainer:
 
     def random_scratch(self, run: Run) -> None:
         model = self.new_model(run.seed)
-        rst = RSTScheduler(model, run.sparsity, exclude=DENSE_LAYERS, seed=run.seed)
-        masks = dict(rst.masks)  # drawn from the seed: they are known before the first batch
-        rst.remove()
-        for name, mask in masks.items():
-            prune.custom_from_mask(layer(model, name), "weight", mask)
-        self.train(run, model, self.batches(run.seed), self.updates, SPARSE_RATE, masks=masks)
+        ticket = random_ticket(model, run.sparsity, exclude=DENSE_LAYERS, seed=run.seed)
+        self.train(run, model, self.batches(run.seed), self.updates, SPARSE_RATE, ticket)
 
     def random_rst(self, run: Run) -> None:
         model, batches = self.new_model(run.seed), self.batches(run.seed)
@@ -76,12 +72,12 @@ class Trainer:
         batches: Iterator[tuple[Tensor, Tensor]],
         updates: int,
         rate: float,
-        rst: RSTScheduler | None = None,
-        masks: Mapping[str, Tensor] | None = None,
+        ticket: RSTScheduler | HeldMasks | None = None,
     ) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
         annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, updates))
-        masks = dict(rst.masks) if rst else masks or {}
+        masks = dict(ticket.masks) if ticket else {}
+        rst = ticket if isinstance(ticket, RSTScheduler) else None
         for i in range(updates):
             x, y = next(batches)
             optimizer.zero_grad()

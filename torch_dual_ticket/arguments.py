@@ -11,7 +11,7 @@ from .hooks import holder_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .masks import MaskSpec
+    from .holds import Mask
     from .targets import Target
     from .tickets import Ticket
 
@@ -45,7 +45,7 @@ def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
         )
 
 
-def check_directions(targets: list[Target], masks: Mapping[str, MaskSpec]) -> None:
+def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
     """No mask empties a slice that weight_norm divides by the norm of."""
     for target in targets:
         for place in target.places:

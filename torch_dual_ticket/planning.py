@@ -70,10 +70,12 @@ def make_plan(
     cycle_counts = []
     for cycle in range(1, cycles + 1):
         if distribution == "erk":
-            level = _level(sparsities[chosen[0].name], cycle, cycles)
+            level = sparsity_of_cycle(sparsities[chosen[0].name], cycle, cycles)
             cycle_counts.append(erk(shapes, level, None if pattern == "unstructured" else units))
         else:
-            cycle_counts.append(uniform(units, {name: _level(sparsities[name], cycle, cycles) for name in units}))
+            cycle_counts.append(
+                uniform(units, {name: sparsity_of_cycle(sparsities[name], cycle, cycles) for name in units})
+            )
     if not any(cycle_counts[-1].values()):
         raise ValueError(
             f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units"
@@ -81,7 +83,8 @@ def make_plan(
     return Plan(pattern, shapes, {target.name: target.transposed for target in chosen}, cycle_counts)
 
 
-def _level(sparsity: float, cycle: int, cycles: int) -> float:
+def sparsity_of_cycle(sparsity: float, cycle: int, cycles: int) -> float:
+    """What a cycle, counted from 1, aims at: each removes the same fraction of what the one before has left."""
     return sparsity if cycle == cycles else 1 - (1 - sparsity) ** (cycle / cycles)
 
 
