@@ -1,0 +1,155 @@
+"""One training loop, run twice: once with the library, once with everything by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, mlp, twins
+from reference import ByHand
+
+from torch_dual_ticket import RSTScheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+UPDATES = 24
+MIDDLE = 12
+
+
+class Library:
+    """The moments of a loop at which the library needs to be called."""
+
+    by_hand = False
+
+    def __init__(self, model: nn.Module, rst: RSTScheduler) -> None:
+        self.model, self.rst = model, rst
+
+    def finalize(self) -> None:
+        self.transformed = copy.deepcopy(self.model.state_dict())
+        finalize_quietly(self.rst)
+
+    def tick(self) -> None:
+        self.rst.step()
+
+    def after_backward(self) -> None: ...
+    def before_update(self, sign: float = 1.0) -> None: ...
+    def after_update(self) -> None:
+        self.rst.step()
+
+    def penalty_of_loss(self) -> float:
+        return 0.0
+
+
+class Hand:
+    """The moments of a loop at which a careful person has something to do.
+
+    ``after_update`` is an update and a tick; where they are not one to one, ``project`` and ``tick`` are called apart.
+    """
+
+    by_hand = True
+
+    def __init__(self, model: nn.Module, reference: ByHand) -> None:
+        self.model, self.reference = model, reference
+
+    @property
+    def finalized(self) -> bool:
+        return self.reference.finalized
+
+    def finalize(self) -> None:
+        self.transformed = copy.deepcopy(self.model.state_dict())
+        self.reference.finalize()
+
+    def after_backward(self) -> None:
+        """Gradients of masked weights are zero, before anything (clipping) looks at them."""
+        if self.finalized:
+            self.reference.before_update()
+
+    def before_update(self, sign: float = 1.0) -> None:
+        self.reference.before_update(sign)
+
+    def after_update(self) -> None:
+        self.reference.after_update()
+
+    def project(self) -> None:
+        """An update without a tick."""
+        self.reference.after_update()
+        self.reference.updates -= 1
+
+    def tick(self) -> None:
+        self.reference.updates += 1
+
+    def penalty_of_loss(self) -> Tensor | float:
+        """½·λ·‖masked weights‖²."""
+        if self.finalized:
+            return 0.0
+        squares = [(parameter.detach() * ~kept).square().sum() for parameter, kept in self.reference.targets]
+        return 0.5 * self.reference.penalty * torch.stack(squares).sum()
+
+
+Side = Library | Hand
+
+
+def updates(side: Side, count: int = UPDATES, middle: int = MIDDLE) -> Iterator[int]:
+    """The indices of the updates, with ``finalize()`` before that of the middle."""
+    for index in range(count):
+        if index == middle:
+            side.finalize()
+        yield index
+
+
+def assert_same_life(
+    train: Callable[..., None],
+    build: Callable[[], nn.Module] = mlp,
+    *,
+    prepare: Callable[[nn.Module], Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-12,
+    sparsity: float = 0.8,
+    steps: int = 8,
+    **settings: Any,
+) -> RSTScheduler:
+    """Run ``train(model, side)`` on both sides: the weights agree before ``finalize()`` and at the end.
+
+    ``prepare(model)`` runs before the scheduler is made; what it returns is passed to ``train`` as a third argument.
+    """
+    model, other = twins(build, dtype=dtype)
+    before = copy.deepcopy(model)
+    prepared = () if prepare is None else (prepare(model),)
+    prepared_by_hand = () if prepare is None else (prepare(other),)
+    rst = RSTScheduler(model, sparsity=sparsity, steps=steps, seed=3, **settings)
+    by_hand = ByHand(
+        other, rst.masks, steps=steps, **({"schedule": settings["schedule"]} if "schedule" in settings else {})
+    )
+    library, hand = Library(model, rst), Hand(other, by_hand)
+    train(model, library, *prepared)
+    train(other, hand, *prepared_by_hand)
+    assert rst.phase == "finetune"
+    assert by_hand.updates > 0
+    _assert_same_states(library.transformed, hand.transformed, tolerance)
+    assert_same(model, other, tolerance)
+    for name, kept in rst.masks.items():
+        weight = model.get_parameter(name)
+        assert is_plus_zero(weight[~kept]), f"{name} has masked weights that are not zero"
+        assert not torch.equal(weight[kept], before.get_parameter(name)[kept]), f"{name} was not trained"
+    return rst
+
+
+def is_plus_zero(values: Tensor) -> bool:
+    """Whether all are +0, not -0."""
+    return (
+        bool((values == 0).all())
+        and not torch.signbit(torch.view_as_real(values) if values.is_complex() else values).any()
+    )
+
+
+def _assert_same_states(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in mine.items():
+        error = float((value.double() - theirs[name].double()).abs().max())
+        scale = float(theirs[name].abs().max()) or 1.0
+        assert error <= tolerance * scale, f"before finalize(), {name} differs by {error / scale:.2e} relative"
+        assert math.isfinite(error)
