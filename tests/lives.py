@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, mlp, twins
+from models import assert_same, finalize_quietly, mlp, twins
 from reference import ByHand
 
 from torch_dual_ticket import RSTScheduler
@@ -111,6 +111,7 @@ def assert_same_life(
     tolerance: float = 1e-12,
     sparsity: float = 0.8,
     steps: int = 8,
+    schedule: Callable[[float], float] = lambda progress: progress,
     **settings: Any,
 ) -> RSTScheduler:
     """Run ``train(model, side)`` on both sides: the weights agree before ``finalize()`` and at the end.
@@ -121,10 +122,8 @@ def assert_same_life(
     before = copy.deepcopy(model)
     prepared = () if prepare is None else (prepare(model),)
     prepared_by_hand = () if prepare is None else (prepare(other),)
-    rst = RSTScheduler(model, sparsity=sparsity, steps=steps, seed=3, **settings)
-    by_hand = ByHand(
-        other, rst.masks, steps=steps, **({"schedule": settings["schedule"]} if "schedule" in settings else {})
-    )
+    rst = RSTScheduler(model, sparsity=sparsity, steps=steps, schedule=schedule, seed=3, **settings)
+    by_hand = ByHand(other, rst.masks, steps=steps, schedule=schedule)
     library, hand = Library(model, rst), Hand(other, by_hand)
     train(model, library, *prepared)
     train(other, hand, *prepared_by_hand)
@@ -141,10 +140,8 @@ def assert_same_life(
 
 def is_plus_zero(values: Tensor) -> bool:
     """Whether all are +0, not -0."""
-    return (
-        bool((values == 0).all())
-        and not torch.signbit(torch.view_as_real(values) if values.is_complex() else values).any()
-    )
+    parts = torch.view_as_real(values) if values.is_complex() else values
+    return bool((parts == 0).all()) and not bool(torch.signbit(parts).any())
 
 
 def _assert_same_states(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:

@@ -39,7 +39,7 @@ def register(ticket: Ticket) -> None:
     with _lock:
         _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
         if not _installed:
-            # Compiled steps call the hooks as they are. Not at import: this imports the compiler, as any optimizer does.
+            # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
             _installed = True
