@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     TargetType = type | tuple[type, str]
 
@@ -97,14 +98,17 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
         ValueError: an exclusion that matches no module, a lazy, frozen or integer parameter, a reparametrisation under
             which zeros would not survive, or no target at all.
     """
-    pairs = [_check_type(entry) for entry in types]
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+    pairs = [_check_type(entry) for entry in (types if isinstance(types, Sequence) else [(types,)])]
+    if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
         raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
     modules = list(unwrapped_modules(model))
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name, _ in modules):
             known = ", ".join(repr(name) for name, _ in modules[1:9]) + (", …" if len(modules) > 9 else "")
             raise ValueError(f"exclude: the pattern {pattern!r} matches no module. The model has: {known}")
+
+    for pair in pairs:
+        _check_matches(pair, [(name, layer) for name, layer in modules if not _is_excluded(name, exclude)])
 
     first_names: dict[int, str] = {}
     for name, parameter in unwrapped_parameters(model):
@@ -182,8 +186,25 @@ def _is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:
 def _tensor_names(layer: nn.Module, pairs: list[tuple[type, str]]) -> list[str]:
     """The names under which the layer's forward uses the tensors to prune."""
     patterns = [pattern for module_type, pattern in pairs if isinstance(layer, module_type)]
-    if not patterns:
-        return []
+    names = _all_tensor_names(layer) if patterns else []
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _check_matches(pair: tuple[type, str], layers: list[tuple[str, nn.Module]]) -> None:
+    """A layer of that type, where there is one, has such a parameter: an LSTM has no `weight` to prune."""
+    module_type, pattern = pair
+    of_type = [(name, layer) for name, layer in layers if isinstance(layer, module_type)]
+    if of_type and not any(_tensor_names(layer, [pair]) for _, layer in of_type):
+        name, layer = of_type[0]
+        names = [tensor_name for tensor_name in _all_tensor_names(layer) if "bias" not in tensor_name]
+        example = f"as in targets=(({module_type.__name__}, {names[0]!r}), …)" if names else "or leave the type out"
+        raise ValueError(
+            f"targets: no {module_type.__name__} in the model has a parameter {pattern!r}; {name!r} has"
+            f" {', '.join(names) or 'none'}. Give a pair of the type and a pattern of its parameter names, {example}."
+        )
+
+
+def _all_tensor_names(layer: nn.Module) -> list[str]:
     names = [name for name, parameter in layer._parameters.items() if parameter is not None]
     if parametrize.is_parametrized(layer):
         names += list(layer.parametrizations)  # type: ignore[arg-type]
@@ -192,7 +213,7 @@ def _tensor_names(layer: nn.Module, pairs: list[tuple[type, str]]) -> list[str]:
             names = [name for name in names if not name.startswith(f"{hook.name}_")] + [hook.name]
         elif isinstance(hook, prune.BasePruningMethod) and f"{hook._tensor_name}_orig" in names:
             names = [hook._tensor_name if name == f"{hook._tensor_name}_orig" else name for name in names]
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return names
 
 
 def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Place | str:
@@ -236,6 +257,11 @@ def _check_parameter(target: Target) -> None:
         raise ValueError(
             f"{name} is frozen (requires_grad is False), so no penalty can move what it knows. Unfreeze it, or leave"
             f" the layer out with exclude=[{layer!r}]."
+        )
+    if parameter.is_conj() or parameter.is_neg():
+        raise ValueError(
+            f"{name} is a lazily conjugated or negated view, which cannot be changed in place. Make it a parameter with"
+            " memory of its own: nn.Parameter(weight.resolve_conj().resolve_neg())."
         )
     if parameter.layout is not torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned")
