@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 from .hooks import holder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from .holds import Mask
+    from .masks import Mask
     from .targets import Target
     from .tickets import Ticket
 
@@ -63,7 +65,7 @@ def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
 
 
 def check_trained(ticket: Ticket, ticks: int) -> None:
-    """There is something to finalise: layers in hand, and an update that carried the penalty."""
+    """There is something to finalise: layers in hand and in reach, and an update that carried the penalty."""
     if not ticket.holds:
         raise RuntimeError(
             "this scheduler holds no layer: it was removed, or it is a copy made during the transformation. Build a new"
@@ -75,6 +77,18 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
             " torch.optim.Optimizer's, call rst.apply_penalty() before each."
         )
+    ticket.check_reachable()
+
+
+@contextmanager
+def generator_unchanged_on_error() -> Iterator[None]:
+    """A seed may have been drawn from torch's global generator before something turns out to be wrong."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        raise
 
 
 def check_state(state: Mapping[str, Any]) -> tuple[int, bool, str, int]:

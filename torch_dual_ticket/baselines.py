@@ -25,14 +25,14 @@ from .planning import make_plan
 from .schedules import check_integer
 from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
-from .tickets import MaskView, Ticket
+from .tickets import MaskView, Ticket, apply_masks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from .holds import Mask
+    from .masks import Mask
     from .targets import Target, TargetType
 
 __all__ = ["HeldMasks", "LotteryTicket", "hold", "magnitude_masks", "random_ticket"]
@@ -71,9 +71,10 @@ class HeldMasks:
         """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
 
         Raises:
+            TypeError: ``model`` is no module.
             ValueError: a parameter's name or shape is not found in ``model``; nothing is changed then.
         """
-        self._ticket.apply_masks(model)
+        apply_masks(model, self._still_held())
 
     def remove(self) -> None:
         """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""

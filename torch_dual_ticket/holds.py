@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
-from .kernels import SMALL, clear_
-from .shards import is_sharded, local, local_offset
+from .kernels import SMALL, clear_, materialised
+from .shards import is_sharded, local, local_offset, placement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from .masks import Mask
     from .targets import Place
     from .tickets import Ticket
-
-
-class Mask(Protocol):
-    """What a hold needs of a mask: a :class:`torch_dual_ticket.masks.MaskSpec`, or weights chosen otherwise."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def pruned_weights(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def draw(
-        self,
-        *,
-        offset: Sequence[int] | None = None,
-        size: Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor: ...
 
 
 class Hold(prune.BasePruningMethod):
@@ -44,8 +25,9 @@ class Hold(prune.BasePruningMethod):
 
     While the ticket is transformed the pre-hook does nothing. It is there so that compiled code, which ignores hooks
     that appear later, knows of it, and so that ``prune.is_pruned`` and ``prune.remove`` do. Modules and parameters are
-    looked up each time and referenced weakly: ``fully_shard``, ``load_state_dict(assign=True)`` and swaps replace
-    parameters, and a cycle would keep a dropped model in memory.
+    looked up each time: ``fully_shard`` and ``load_state_dict(assign=True)`` replace parameters. Modules are referenced
+    weakly, as a cycle would keep a dropped model in memory; parameters not at all, as ``swap_tensors``, which
+    ``model.to()`` uses, refuses tensors that have weak references.
     """
 
     PRUNING_TYPE = "unstructured"
@@ -60,7 +42,9 @@ class Hold(prune.BasePruningMethod):
         self._layer = weakref.ref(place.layer)
         self._owner = weakref.ref(place.owner)
         self._forget()
-        self.hook_id: int = place.layer.register_forward_pre_hook(self).id
+        # Before the hooks of the older weight_norm and spectral_norm, which compute the weight from this parameter.
+        self.goes_first = self.attribute != self.tensor_name
+        self.hook_id: int = place.layer.register_forward_pre_hook(self, prepend=self.goes_first).id
         self.attached = True
 
     def _forget(self) -> None:
@@ -68,8 +52,8 @@ class Hold(prune.BasePruningMethod):
         self._cached: Tensor | None = None
         self._cached_for: tuple[Any, ...] = ()
         self._gradient_hook: RemovableHandle | None = None
-        self._hooked: weakref.ref[Tensor] | None = None
-        self._clean: tuple[weakref.ref[Tensor], int] | None = None
+        self._watched = 0  # the tensor behind the parameter that has the hook
+        self._clean: tuple[int, int, int] | None = None
         self._sharded = False
         self.carried = False  # the penalty since the last tick
         self.version_at_tick: int | None = None
@@ -85,7 +69,21 @@ class Hold(prune.BasePruningMethod):
 
     def parameter(self) -> Tensor | None:
         owner = self._owner()
-        return None if owner is None else owner._parameters.get(self.attribute)
+        found = None if owner is None else owner._parameters.get(self.attribute)
+        if found is None and self.attribute != self.tensor_name and (layer := self._layer()) is not None:
+            found = layer._parameters.get(self.tensor_name)
+            if found is not None:  # weight_norm, say, was removed, and its zeros are the weight's
+                self._owner, self.attribute = self._layer, self.tensor_name
+        return found
+
+    def check_reachable(self) -> None:
+        """The parameter is where it was; ``RuntimeError`` if something has taken it away."""
+        if self.parameter() is None:
+            raise RuntimeError(
+                f"{self.name} is no parameter of its layer any more: a reparametrisation (weight_norm, parametrize, "
+                "FSDP1) has replaced it, and it can be neither penalised nor held at zero. Build the scheduler after"
+                f" that; or take the layer out of its hands with prune.remove(layer, {self.tensor_name!r})."
+            )
 
     def mask_for(self, parameter: Tensor, weight: Tensor) -> Tensor:
         """The mask in the form that the kernels of the phase need, of the local shard's shape and layout.
@@ -93,12 +91,16 @@ class Hold(prune.BasePruningMethod):
         For the penalty 1 at the masked weights, as uint8, or in the weight's dtype for small tensors. For the zeros 1
         at the kept weights, as uint8; or, for small tensors, a bool that is True at the masked ones.
         """
-        key = (weight.device, weight.dtype, weight.shape, weight.stride())
-        if self._cached is None or self._cached_for != key or self._drawn_for() is not parameter:
+        key = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
+        if self._cached is None or self._cached_for != key:
+            if not is_sharded(parameter) and tuple(weight.shape) != self.mask.shape:
+                raise RuntimeError(
+                    f"{self.name} has shape {tuple(weight.shape)}, but had {self.mask.shape} when the scheduler was "
+                    "built. Build a new one, after remove() on this one."
+                )
             kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
             self._cached = self._formed(kept, weight)
             self._cached_for = key
-            self._drawn_for: weakref.ref[Tensor] = weakref.ref(parameter)
         return self._cached
 
     def _formed(self, kept: Tensor, weight: Tensor) -> Tensor:
@@ -146,33 +148,34 @@ class Hold(prune.BasePruningMethod):
         weight = local(parameter)
         clear_(weight, self.mask_for(parameter, weight))
         self._sharded = is_sharded(parameter)
-        self._clean = (weakref.ref(parameter), weight._version)
-
-    @torch.no_grad()
-    def zero_another(self, parameter: Tensor) -> None:
-        """Set the masked weights to zero in a parameter of another model."""
-        weight = local(parameter)
-        kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-        clear_(weight, kept.to(torch.uint8))
+        self._clean = _stamp(parameter)
 
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the parameter is unchanged since its masked weights were set to zero."""
-        return self._clean is not None and self._clean[0]() is parameter and self._clean[1] == local(parameter)._version
+        return self._clean == _stamp(parameter)
 
     def watch(self, parameter: Tensor) -> None:
         """Mask the gradients of this parameter as they arrive, and the one that is there already."""
-        if (self._hooked is not None and self._hooked() is parameter) or not parameter.requires_grad:
+        if self._is_watching(parameter) or not parameter.requires_grad:
             return
         self._stop_watching()
         hook = partial(_mask_gradient, weakref.ref(self))
         self._gradient_hook = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        self._hooked = weakref.ref(parameter)
+        # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
+        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+        self._watched = parameter._cdata
         self.mask_gradient(parameter)
+
+    def _is_watching(self, parameter: Tensor) -> bool:
+        hooks = parameter._post_accumulate_grad_hooks
+        if self._gradient_hook is None or hooks is None or self._gradient_hook.id not in hooks:
+            return False
+        return self._watched == parameter._cdata
 
     def _stop_watching(self) -> None:
         if self._gradient_hook is not None:
             self._gradient_hook.remove()
-        self._gradient_hook = self._hooked = None
+        self._gradient_hook = None
 
     def mask_gradient(self, parameter: Tensor) -> None:
         """Set the gradients of the masked weights to zero. Call it under ``no_grad``."""
@@ -184,8 +187,10 @@ class Hold(prune.BasePruningMethod):
         if grad.is_sparse:
             grad = parameter.grad = grad.coalesce()
             clear_(grad._values(), kept[grad._indices()[0]])
-        else:
-            clear_(local(grad), kept)
+            return
+        if grad.is_conj() or grad.is_neg():
+            grad = parameter.grad = materialised(grad)
+        clear_(local(grad), kept)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 
@@ -199,8 +204,11 @@ class Hold(prune.BasePruningMethod):
         layer = self._layer()
         if self.attached and layer is not None and layer._forward_pre_hooks.get(self.hook_id) is not self:
             layer._forward_pre_hooks[self.hook_id] = self
-            for later in [key for key in layer._forward_pre_hooks if key > self.hook_id]:
-                layer._forward_pre_hooks[later] = layer._forward_pre_hooks.pop(later)
+            if self.goes_first:
+                layer._forward_pre_hooks.move_to_end(self.hook_id, last=False)  # type: ignore[attr-defined]
+            else:
+                for later in [key for key in layer._forward_pre_hooks if key > self.hook_id]:
+                    layer._forward_pre_hooks[later] = layer._forward_pre_hooks.pop(later)
             raise RuntimeError(
                 f"{self.name} is held by an RSTScheduler, and torch.nn.utils.prune cannot prune on top of that. After"
                 " finalize(), to_prune() on the scheduler turns the model into the layout that the stock functions"
@@ -237,8 +245,11 @@ class Hold(prune.BasePruningMethod):
         return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("ticket", "name", "primary", "attribute", "tensor_name", "mask", "hook_id")
-        return {name: getattr(self, name) for name in names} | {"layer": self._layer(), "owner": self._owner()}
+        names = ("ticket", "name", "primary", "attribute", "tensor_name", "mask", "hook_id", "goes_first")
+        self.parameter()  # which may have moved
+        layer, owner = self._layer(), self._owner()
+        owner = layer if owner is None else owner
+        return {name: getattr(self, name) for name in names} | {"layer": layer, "owner": owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layer = weakref.ref(state.pop("layer"))
@@ -259,6 +270,8 @@ class ActiveHold(Hold):
         if torch.compiler.is_compiling():
             return
         parameter = self.parameter()
+        if parameter is None and module is self._layer():  # and not one that a conversion has given the hook to
+            self.check_reachable()
         # Tensors that functional_call puts in are the caller's own. A whole parameter of a sharded module is a passing
         # view of shards that are zeroed themselves.
         if not isinstance(parameter, nn.Parameter) or (self._sharded and not is_sharded(parameter)):
@@ -284,3 +297,9 @@ def _mask_gradient(hold: weakref.ref[Hold], parameter: Tensor) -> None:
             held.mask_gradient(parameter)
     else:
         held.mask_gradient(parameter)
+
+
+def _stamp(parameter: Tensor) -> tuple[int, int, int]:
+    """Changes with the parameter, its memory and its values; ``.data = …`` changes the memory alone."""
+    weight = local(parameter)
+    return parameter._cdata, weight.data_ptr(), weight._version

@@ -14,7 +14,7 @@ import math
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ ALGORITHM = 1
 # Measured: on CPU a chunk that stays below OpenMP's grain size, and so in cache, is fastest.
 _CPU_CHUNK = 32_768
 _GPU_CHUNK = 2**21
+
+
+class Mask(Protocol):
+    """What the holds on a model need of a mask: a :class:`MaskSpec`, or weights chosen otherwise."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def pruned_weights(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def draw(
+        self,
+        *,
+        offset: Sequence[int] | None = None,
+        size: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .report import measure, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
 from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
-from .tickets import MaskView, Ticket
+from .tickets import MaskView, Ticket, apply_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -98,8 +98,9 @@ class RSTScheduler:
         found = [target for target in found if target.name in plan.shapes]
         arguments.check_unheld(found)
         arguments.check_optimizer(optimizer, found)
-        self.seed = agree_on_seed(given_seed, {name: (plan.shapes[name], n) for name, n in plan.pruned[-1].items()})
-        arguments.check_directions(found, plan.masks(self.seed))
+        with arguments.generator_unchanged_on_error():
+            self.seed = agree_on_seed(given_seed, {name: (plan.shapes[name], n) for name, n in plan.pruned[-1].items()})
+            arguments.check_directions(found, plan.masks(self.seed))
         self._plan = plan
         self._seed_is_given = given_seed is not None
         self._ticks = 0
@@ -130,15 +131,13 @@ class RSTScheduler:
         ticket = self._ticket
         if ticket.enforcing or not ticket.primary_holds:
             return
-        carried = ticket.has_pending_update()
+        ticket.check_reachable()
+        ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)
+        penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
-        if not carried:
-            return
-        ticks = min(self._ticks + 1, self._timeline.ticks)
-        ticket.penalty = self._timeline.penalty(ticks)
         if self._timeline.cycle(ticks) != self._cycle:
             ticket.set_masks(self._plan.masks(self.seed, self._timeline.cycle(ticks)))
-        self._ticks = ticks
+        self._ticks, ticket.penalty = ticks, penalty
 
     @property
     def _cycle(self) -> int:
@@ -266,9 +265,10 @@ class RSTScheduler:
         """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
 
         Raises:
+            TypeError: ``model`` is no module.
             ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
         """
-        self._ticket.apply_masks(model)
+        apply_masks(model, self._masks())
 
     def __repr__(self) -> str:
         cycles, ticks = self._timeline.cycles, self._timeline.ticks

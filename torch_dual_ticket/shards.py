@@ -33,6 +33,14 @@ def placed_like(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad if sharded.placements == placements else sharded.redistribute(placements=placements)
 
 
+def placement(tensor: Tensor) -> tuple[Any, ...]:
+    """How the tensor is spread over processes; empty for a tensor that is whole."""
+    if not is_sharded(tensor):
+        return ()
+    sharded: Any = tensor
+    return sharded.device_mesh, sharded.placements
+
+
 def local_offset(tensor: Tensor) -> tuple[int, ...] | None:
     """Where the local shard of a DTensor begins in the whole tensor; None for a tensor that is whole."""
     if not is_sharded(tensor):

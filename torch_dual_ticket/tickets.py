@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from .holds import Hold
 from .hooks import groups_of, outer_steps, register
-from .kernels import add_scaled_, squared_norms
+from .kernels import add_scaled_, clear_, materialised, squared_norms
 from .members import Members
-from .shards import is_sharded, local, placed_like, reshard, sum_over_shards
+from .shards import is_sharded, local, local_offset, placed_like, reshard, sum_over_shards
 from .targets import unwrapped_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     from torch.optim import Optimizer
 
-    from .holds import Mask
     from .hooks import Groups, Held
+    from .masks import Mask
     from .targets import Target
 
 _MARK = "_dual_ticket_penalised_at"  # the attribute of a gradient that says at which version it got the penalty
@@ -79,26 +80,16 @@ class Ticket:
         """Where a parameter is; the CPU if it is held no more."""
         return next((hold.device() for hold in self.holds if hold.name == name), torch.device("cpu"))
 
+    def check_reachable(self) -> None:
+        """Every parameter is where it was; ``RuntimeError`` names the first that is not."""
+        for hold in self.primary_holds:
+            hold.check_reachable()
+
     def set_masks(self, masks: Mapping[str, Mask]) -> None:
         """Go over to other masks, by parameter name."""
         for hold in self.holds:
             if hold.mask != masks[hold.name]:
                 hold.set_mask(masks[hold.name])
-
-    def apply_masks(self, model: nn.Module) -> None:
-        """Set the masked weights to zero in another model of the same structure."""
-        parameters = dict(unwrapped_parameters(model))
-        holds = self.primary_holds
-        for hold in holds:
-            other = parameters.get(hold.name)
-            if other is None or tuple(other.shape) != hold.mask.shape:
-                what = "no such parameter" if other is None else f"shape {tuple(other.shape)}"
-                raise ValueError(
-                    f"apply_masks() needs a model of the same structure: {hold.name} has shape {hold.mask.shape} here,"
-                    f" and {what} in the given {type(model).__name__}"
-                )
-        for hold in holds:
-            hold.zero_another(parameters[hold.name])
 
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
@@ -181,7 +172,7 @@ class Ticket:
             self._members[optimizer] = members
         return members.held
 
-    def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> None:
+    def penalise(self, held: Held, optimizer: Optimizer | None = None, frame: FrameType | None = None) -> None:
         """Add λ·w to the gradients of the masked weights, once to each gradient."""
         todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
         penalised: list[Tensor] = []
@@ -190,11 +181,11 @@ class Ticket:
             grad = parameter.grad
             if grad is None or grad.__dict__.get(_MARK) == local(grad)._version:
                 continue
-            if hold.carried and in_step:
+            if hold.carried and frame is not None:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
                 # the outer step has changed or replaced it since.
                 if outer is None:
-                    outer = [groups_of(other) for other in outer_steps()]
+                    outer = [groups_of(other) for other in outer_steps(frame)]
                 if any(id(parameter) in groups for groups in outer):
                     continue
             hold.carried = True
@@ -207,6 +198,8 @@ class Ticket:
             else:
                 if is_sharded(grad):
                     grad = parameter.grad = placed_like(grad, parameter)
+                if grad.is_conj() or grad.is_neg():
+                    grad = parameter.grad = materialised(grad)
                 todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
         if not penalised:
@@ -262,6 +255,27 @@ class Ticket:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)  # the holds of the copied layers add themselves
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
+    """Set the masked weights to zero in a model that nobody need hold."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
+    parameters = dict(unwrapped_parameters(model))
+    for name, mask in masks.items():
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) != mask.shape:
+            what = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what} in"
+                f" the given {type(model).__name__}"
+            )
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = local(parameters[name])
+            offset = local_offset(parameters[name])
+            kept = mask.draw(offset=offset, size=tuple(weight.shape), device=weight.device)
+            clear_(weight, kept.to(torch.uint8))
 
 
 class MaskView(Mapping[str, Tensor]):

@@ -1,0 +1,150 @@
+"""Models that are moved, cast, given other parameters or reparametrised while a scheduler holds them."""
+
+import copy
+import re
+
+import pytest
+import torch
+from lives import assert_holds_zeros, loss_of, sgd
+from models import finalize_quietly
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from torch_dual_ticket import RSTScheduler
+
+X = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
+
+
+def hold(layer: nn.Module) -> RSTScheduler:
+    return RSTScheduler(layer, 0.5, steps=2, seed=0)
+
+
+def update(layer: nn.Module, rst: RSTScheduler, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss_of(layer(X.to(next(layer.parameters()).dtype))).backward()
+    optimizer.step()
+    rst.step()
+
+
+def transformed(layer: nn.Module, rst: RSTScheduler) -> None:
+    optimizer = sgd(layer)
+    for _ in range(3):
+        update(layer, rst, optimizer)
+
+
+@pytest.fixture(params=["set_data", "swap", "overwrite"])
+def way(request):
+    """The three ways in which torch can put converted parameters into a module."""
+    torch.__future__.set_swap_module_params_on_conversion(request.param == "swap")
+    torch.__future__.set_overwrite_module_params_on_conversion(request.param == "overwrite")
+    yield request.param
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.double, lambda m: m.to("cpu", torch.bfloat16)], ids=["double", "to"])
+def test_conversion_in_each_phase(way, convert):
+    layer = nn.Linear(6, 4)
+    rst = hold(layer)
+    transformed(layer, rst)
+    convert(layer)
+    transformed(layer, rst)
+    assert rst.done
+    finalize_quietly(rst)
+    transformed(layer, rst)
+
+    layer.float()
+
+    loss_of(layer(X.float())).backward()
+    assert_holds_zeros(layer, rst)
+    kept = rst.masks["weight"]
+    assert torch.equal(layer.weight.grad != 0, kept)  # gradients are masked as they arrive, by a hook on the parameter
+    transformed(layer, rst)
+    assert_holds_zeros(layer, rst)
+
+
+def test_state_loaded_by_swapping_after_finalize(way):
+    layer = nn.Linear(6, 4)
+    rst = hold(layer)
+    transformed(layer, rst)
+    dense = copy.deepcopy(layer.state_dict())
+    finalize_quietly(rst)
+    layer.load_state_dict(dense)
+    loss_of(layer(X.float())).backward()
+    assert_holds_zeros(layer, rst)
+    assert torch.equal(layer.weight.grad != 0, rst.masks["weight"])
+
+
+def test_memory_exchanged_through_data():
+    layer = nn.Linear(6, 4)
+    rst = hold(layer)
+    transformed(layer, rst)
+    finalize_quietly(rst)
+    torch.nn.utils.vector_to_parameters(torch.ones(28), layer.parameters())
+    layer(X.float())
+    assert_holds_zeros(layer, rst)
+
+
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=lambda f: f.__name__
+)
+def test_parametrisation_removed_while_it_is_held(norm):
+    layer = norm(nn.Linear(6, 4, dtype=torch.float64))
+    rst = hold(layer)
+    transformed(layer, rst)
+    finalize_quietly(rst)
+    transformed(layer, rst)
+    kept = next(iter(rst.masks.values()))
+
+    parametrize.remove_parametrizations(layer, "weight")
+
+    for model in (layer, copy.deepcopy(layer)):
+        optimizer = sgd(model)
+        model.weight.grad = torch.ones(4, 6, dtype=torch.float64)
+        optimizer.step()
+        assert torch.equal(model.weight != 0, kept)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_old_weight_norm_removed_while_it_is_held():
+    layer = nn.utils.weight_norm(nn.Linear(6, 4, dtype=torch.float64))
+    rst = hold(layer)
+    transformed(layer, rst)
+    finalize_quietly(rst)
+    nn.utils.remove_weight_norm(layer)
+    transformed(layer, rst)
+    assert torch.equal(layer.weight != 0, rst.masks["weight_v"])
+
+
+@pytest.mark.parametrize("phase", ["transform", "finetune"])
+def test_parametrisation_put_on_while_it_is_held(phase):
+    layer = nn.Linear(6, 4, dtype=torch.float64)
+    rst = hold(layer)
+    transformed(layer, rst)
+    if phase == "finetune":
+        finalize_quietly(rst)
+    parametrizations.weight_norm(layer)
+    message = "weight is no parameter of its layer any more: a reparametrisation"
+    if phase == "transform":
+        with pytest.raises(RuntimeError, match=message):
+            rst.step()
+        with pytest.raises(RuntimeError, match=message):
+            rst.finalize()
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            layer(X)
+    prune.remove(layer, "weight")  # what the message says
+    rst.step()
+    layer(X)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (4, 5), (24,)])
+def test_parameter_of_another_shape(shape):
+    layer = nn.Linear(6, 4)
+    rst = hold(layer)
+    transformed(layer, rst)
+    layer.weight = nn.Parameter(torch.ones(shape))
+    layer.weight.grad = torch.ones(shape)
+    message = re.escape(f"weight has shape {shape}, but had (4, 6) when the scheduler was built")
+    with pytest.raises(RuntimeError, match=message):
+        sgd(layer).step()
