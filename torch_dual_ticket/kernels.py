@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SMALL = 4096  # elements
-CHUNK = 1 << 20  # elements on CPU
+CHUNK = 1 << 19  # elements on CPU
 CHUNK_ACCELERATOR = 1 << 25  # elements on a GPU: bounds the temporary memory without starving the device
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,0 +1,102 @@
+"""How the benchmarks measure: candidates take turns in one process, and only ratios within a round are reported.
+
+A machine that is busy, throttled or shared slows all candidates of a round alike; their ratio stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import platform
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each candidate (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def machine(options: argparse.Namespace) -> str:
+    """What the numbers were measured on."""
+    cuda = options.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else f"{_cpu()}, {options.threads} thread(s)"
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {where}, {options.rounds} rounds"
+
+
+def ratios(
+    candidates: Mapping[str, Callable[[], object]], base: str, rounds: int, device: str = "cpu"
+) -> dict[str, tuple[float, float, float]]:
+    """Quartiles (median first) of each candidate's time relative to the base's in the same round, after a warm-up."""
+    for candidate in candidates.values():
+        candidate()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            times[name].append(_time(candidate, device))
+    gc.enable()
+    result = {}
+    for name, mine in times.items():
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, times[base], strict=True)], n=4)
+        result[name] = (middle, low, high)
+    return result
+
+
+def peak_memory(device: str) -> int:
+    """The most memory that this process has had so far, in bytes: of the GPU, or resident on the CPU (Linux)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as lines:  # getrusage() would count the parent's peak too
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def in_a_process_of_its_own(function: Callable[..., int], *arguments: object) -> int:
+    """The function's result, with memory that nothing else has touched."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def spread(value: tuple[float, float, float]) -> str:
+    """Median and quartiles of a ratio."""
+    middle, low, high = value
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _time(candidate: Callable[[], object], device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    candidate()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

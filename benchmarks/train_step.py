@@ -1,0 +1,106 @@
+"""A whole training step, in time and peak memory, relative to the dense step.
+
+Ways: dense; this library in the transformation and in finetuning; ``torch.nn.utils.prune`` with the same masks; the
+penalty as a term of the loss. All are interleaved in one process for the times; for the memory each runs in a process
+of its own, and what is given is the peak of its resident memory over that of the dense step.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from measuring import arguments, in_a_process_of_its_own, machine, peak_memory, ratios, spread, table
+from networks import NETWORKS
+from torch.nn.utils import prune
+
+from torch_dual_ticket import RSTScheduler
+
+WAYS = ["dense", "transformation", "finetuning", "torch.nn.utils.prune", "term of the loss"]
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+}
+CASES = [  # network, batch, optimizer, compiled
+    ("ResNet-20", 8, "SGD", False),
+    ("ResNet-20", 64, "SGD", False),
+    ("ResNet-50", 8, "SGD", False),
+    ("ResNet-50", 8, "AdamW", False),
+    ("Transformer-12", 8, "AdamW", False),
+]
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    rows = []
+    cases = [*CASES, ("Transformer-12", 8, "AdamW", True)] if options.device != "cpu" else CASES
+    for network, batch, optimizer, compiled in cases:
+        steps = {way: make_step(way, network, batch, optimizer, options.device, compiled) for way in WAYS}
+        for _ in range(3):  # optimizer state, compilation
+            for step in steps.values():
+                step()
+        result = ratios(steps, "dense", options.rounds, options.device)
+        peaks = {
+            way: in_a_process_of_its_own(memory_of, way, network, batch, optimizer, options.device, options.threads)
+            for way in WAYS
+        }
+        for way in WAYS[1:]:
+            mode = "compiled" if compiled else "eager"
+            extra = f"{(peaks[way] - peaks['dense']) / 2**20:+.0f} MB"
+            rows.append([f"{network}, batch {batch}, {optimizer}, {mode}", way, spread(result[way]), extra])
+    print(table(["step", "way", "time relative to dense", "peak memory"], rows))
+    print(f"\n{machine(options)}; 90 % of the weights masked; float32.")
+
+
+def make_step(way, network, batch, optimizer_name, device, compiled=False):
+    build, shape = NETWORKS[network]
+    torch.manual_seed(0)
+    model = build().to(device)
+    x, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    rst, penalised = None, []
+    if way != "dense":
+        # The stock way fails on MultiheadAttention.out_proj, whose own forward never runs.
+        exclude = ["*.out_proj"] if network.startswith("Transformer") else []
+        rst = RSTScheduler(model, sparsity=0.9, seed=0, exclude=exclude)
+    if way == "torch.nn.utils.prune":
+        masks = dict(rst.masks)
+        rst.remove()
+        for name, kept in masks.items():
+            prune.custom_from_mask(model.get_submodule(name.removesuffix(".weight")), "weight", kept)
+        rst = None
+    elif way == "term of the loss":
+        penalised = [(model.get_parameter(name), (~kept).to(torch.float32)) for name, kept in rst.masks.items()]
+        rst.remove()
+        rst = None
+    forward = torch.compile(model) if compiled else model
+
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(forward(x), y)
+        if penalised:
+            loss = loss + 0.5e-4 * sum((weight * mask).square().sum() for weight, mask in penalised)
+        loss.backward()
+        optimizer.step()
+        if rst is not None:
+            rst.step()
+
+    if way == "finetuning":
+        step()
+        with warnings.catch_warnings():  # nothing was squeezed out in one update
+            warnings.simplefilter("ignore")
+            rst.finalize()
+    return step
+
+
+def memory_of(way, network, batch, optimizer, device, threads):
+    torch.set_num_threads(threads)
+    step = make_step(way, network, batch, optimizer, device)
+    for _ in range(4):
+        step()
+    return peak_memory(device)
+
+
+if __name__ == "__main__":
+    main()
