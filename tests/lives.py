@@ -1,77 +1,152 @@
-"""A ticket's whole life on one model, beside the loop by hand on its twin."""
+"""One training loop, run twice: once with the library, once with everything by hand."""
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from models import assert_same, finalize_quietly
+from models import assert_same, finalize_quietly, mlp, twins
 from reference import ByHand
 
 from torch_dual_ticket import RSTScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
-TRANSFORMATION = FINETUNING = 12
+UPDATES = 24
+MIDDLE = 12
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+class Library:
+    """The moments of a loop at which the library needs to be called."""
+
+    by_hand = False
+
+    def __init__(self, model: nn.Module, rst: RSTScheduler) -> None:
+        self.model, self.rst = model, rst
+
+    def finalize(self) -> None:
+        self.transformed = copy.deepcopy(self.model.state_dict())
+        finalize_quietly(self.rst)
+
+    def tick(self) -> None:
+        self.rst.step()
+
+    def after_backward(self) -> None: ...
+    def before_update(self, sign: float = 1.0) -> None: ...
+    def after_update(self) -> None:
+        self.rst.step()
+
+    def penalty_of_loss(self) -> float:
+        return 0.0
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - 1).abs().square().mean()
+class Hand:
+    """The moments of a loop at which a careful person has something to do.
+
+    ``after_update`` is an update and a tick; where they are not one to one, ``project`` and ``tick`` are called apart.
+    """
+
+    by_hand = True
+
+    def __init__(self, model: nn.Module, reference: ByHand) -> None:
+        self.model, self.reference = model, reference
+
+    @property
+    def finalized(self) -> bool:
+        return self.reference.finalized
+
+    def finalize(self) -> None:
+        self.transformed = copy.deepcopy(self.model.state_dict())
+        self.reference.finalize()
+
+    def after_backward(self) -> None:
+        """Gradients of masked weights are zero, before anything (clipping) looks at them."""
+        if self.finalized:
+            self.reference.before_update()
+
+    def before_update(self, sign: float = 1.0) -> None:
+        self.reference.before_update(sign)
+
+    def after_update(self) -> None:
+        self.reference.after_update()
+
+    def project(self) -> None:
+        """An update without a tick."""
+        self.reference.after_update()
+        self.reference.updates -= 1
+
+    def tick(self) -> None:
+        self.reference.updates += 1
+
+    def penalty_of_loss(self) -> Tensor | float:
+        """½·λ·‖masked weights‖²."""
+        if self.finalized:
+            return 0.0
+        squares = [(parameter.detach() * ~kept).square().sum() for parameter, kept in self.reference.targets]
+        return 0.5 * self.reference.penalty * torch.stack(squares).sum()
 
 
-def live_alike(
-    model: nn.Module,
-    other: nn.Module,
-    inputs: Callable[[int], tuple[Any, ...]],
+Side = Library | Hand
+
+
+def updates(side: Side, count: int = UPDATES, middle: int = MIDDLE) -> Iterator[int]:
+    """The indices of the updates, with ``finalize()`` before that of the middle."""
+    for index in range(count):
+        if index == middle:
+            side.finalize()
+        yield index
+
+
+def assert_same_life(
+    train: Callable[..., None],
+    build: Callable[[], nn.Module] = mlp,
     *,
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
+    prepare: Callable[[nn.Module], Any] | None = None,
+    dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-12,
+    sparsity: float = 0.8,
+    steps: int = 8,
+    schedule: Callable[[float], float] = lambda progress: progress,
     **settings: Any,
 ) -> RSTScheduler:
-    """Transform, finalise and finetune ``model`` with the library and ``other``, its twin, by hand, and compare.
+    """Run ``train(model, side)`` on both sides: the weights agree before ``finalize()`` and at the end.
 
-    Gradients are clipped, so that zeros which are only put right after the update would show. ``inputs`` gives the
-    arguments of the model's forward for each update. Returns the scheduler.
+    ``prepare(model)`` runs before the scheduler is made; what it returns is passed to ``train`` as a third argument.
     """
-    rst = RSTScheduler(model, **{"sparsity": 0.6, "steps": 8, "seed": 1, **settings})
-    by_hand = ByHand(other, rst.masks, steps=8)
-    mine, theirs = optimizer(model), optimizer(other)
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for index in range(TRANSFORMATION + FINETUNING):
-        if index == TRANSFORMATION:
-            assert_same(model, other, tolerance)
-            assert rst.done
-            finalize_quietly(rst)
-            by_hand.finalize()
-        mine.zero_grad()
-        loss_of(model(*inputs(index))).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        mine.step()
-        rst.step()
-
-        theirs.zero_grad()
-        loss_of(other(*inputs(index))).backward()
-        if by_hand.finalized:
-            by_hand.before_update()
-        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
-        if not by_hand.finalized:
-            by_hand.before_update()
-        theirs.step()
-        by_hand.after_update()
+    model, other = twins(build, dtype=dtype)
+    before = copy.deepcopy(model)
+    prepared = () if prepare is None else (prepare(model),)
+    prepared_by_hand = () if prepare is None else (prepare(other),)
+    rst = RSTScheduler(model, sparsity=sparsity, steps=steps, schedule=schedule, seed=3, **settings)
+    by_hand = ByHand(other, rst.masks, steps=steps, schedule=schedule)
+    library, hand = Library(model, rst), Hand(other, by_hand)
+    train(model, library, *prepared)
+    train(other, hand, *prepared_by_hand)
+    assert rst.phase == "finetune"
+    assert by_hand.updates > 0
+    _assert_same_states(library.transformed, hand.transformed, tolerance)
     assert_same(model, other, tolerance)
-    assert_holds_zeros(model, rst)
-    assert all(not torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
+    for name, kept in rst.masks.items():
+        weight = model.get_parameter(name)
+        assert is_plus_zero(weight[~kept]), f"{name} has masked weights that are not zero"
+        assert not torch.equal(weight[kept], before.get_parameter(name)[kept]), f"{name} was not trained"
     return rst
 
 
-def assert_holds_zeros(model: nn.Module, rst: RSTScheduler) -> None:
-    """The masked weights of the model are zero, and of the kept ones none is."""
-    for name, kept in rst.masks.items():
-        assert torch.equal(model.get_parameter(name) != 0, kept), name
+def is_plus_zero(values: Tensor) -> bool:
+    """Whether all are +0, not -0."""
+    parts = torch.view_as_real(values) if values.is_complex() else values
+    return bool((parts == 0).all()) and not bool(torch.signbit(parts).any())
+
+
+def _assert_same_states(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in mine.items():
+        error = float((value.double() - theirs[name].double()).abs().max())
+        scale = float(theirs[name].abs().max()) or 1.0
+        assert error <= tolerance * scale, f"before finalize(), {name} differs by {error / scale:.2e} relative"
+        assert math.isfinite(error)

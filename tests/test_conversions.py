@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from lives import assert_holds_zeros, loss_of, sgd
 from models import finalize_quietly
+from plain_loop import assert_holds_zeros, loss_of, sgd
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
 _installed = False
+_STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__  # of the function that runs hooks around each step
 
 
 def register(ticket: Ticket) -> None:
@@ -38,8 +39,9 @@ def register(ticket: Ticket) -> None:
     with _lock:
         _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
         if not _installed:
-            register_optimizer_step_pre_hook(_before_step)
-            register_optimizer_step_post_hook(_after_step)
+            # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
+            register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
+            register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
             _installed = True
 
 
@@ -67,12 +69,6 @@ def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]
     return found
 
 
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()
-    return _prepare_step(optimizer, args, kwargs, sys._getframe(1))
-
-
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with torch.no_grad():
         for _, held in _held(optimizer, enforcing=True):
@@ -80,7 +76,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
                 hold.zero(parameter)
 
 
-def _prepare_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     enforced = _held(optimizer, enforcing=True)
     with torch.no_grad():
         for _, held in enforced:
@@ -95,7 +91,7 @@ def _prepare_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str,
     if closure is None:
         with torch.no_grad():
             for ticket, held in penalised:
-                ticket.penalise(held, optimizer, frame)
+                ticket.penalise(held, optimizer, in_step=True)
         return None
     if getattr(closure, "penalised_for", None) is optimizer or not (enforced or penalised):
         return None
@@ -129,17 +125,15 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
     return penalised
 
 
-def outer_steps(frame: FrameType) -> list[Optimizer]:
-    """The optimizers in whose step the step of this frame runs.
+def outer_steps() -> list[Optimizer]:
+    """The optimizers in whose step the running step was called; the running one is not among them.
 
     Read off the call stack: a flag set before a step and cleared after it would stay set when the step raises.
     """
-    outer = []
-    caller = frame.f_back
-    while caller is not None:
-        if caller.f_code is frame.f_code:
-            optimizer = caller.f_locals.get("self")
-            if isinstance(optimizer, Optimizer):
-                outer.append(optimizer)
-        caller = caller.f_back
-    return outer
+    running = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _STEP_CODE:
+            running.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    return [optimizer for optimizer in running[1:] if isinstance(optimizer, Optimizer)]

@@ -19,7 +19,6 @@ from .targets import unwrapped_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
     from torch.optim import Optimizer
 
@@ -172,7 +171,7 @@ class Ticket:
             self._members[optimizer] = members
         return members.held
 
-    def penalise(self, held: Held, optimizer: Optimizer | None = None, frame: FrameType | None = None) -> None:
+    def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> None:
         """Add λ·w to the gradients of the masked weights, once to each gradient."""
         todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
         penalised: list[Tensor] = []
@@ -181,11 +180,11 @@ class Ticket:
             grad = parameter.grad
             if grad is None or grad.__dict__.get(_MARK) == local(grad)._version:
                 continue
-            if hold.carried and frame is not None:
+            if hold.carried and in_step:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
                 # the outer step has changed or replaced it since.
                 if outer is None:
-                    outer = [groups_of(other) for other in outer_steps(frame)]
+                    outer = [groups_of(other) for other in outer_steps()]
                 if any(id(parameter) in groups for groups in outer):
                     continue
             hold.carried = True
