@@ -1,6 +1,7 @@
 """How the cost of one update grows with the weights, the layers, the sparsity, and with what is not pruned.
 
-Each row is the time that the library adds to a bare update with SGD, in milliseconds and relative to that update. Times in milliseconds depend on the machine; their growth from row to row is what to look at.
+Each row is the time that the library adds to a bare update with SGD, in milliseconds and relative to that update. Times
+in milliseconds depend on the machine; their growth from row to row is what to look at.
 """
 
 from __future__ import annotations

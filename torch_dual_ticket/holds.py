@@ -51,6 +51,7 @@ class Hold(prune.BasePruningMethod):
         """Begin with nothing cached."""
         self._cached: Tensor | None = None
         self._cached_for: tuple[Any, ...] = ()
+        self._cached_at: tuple[int, torch.dtype] | None = None
         self._gradient_hook: RemovableHandle | None = None
         self._watched = 0  # the tensor behind the parameter that has the hook
         self._clean: tuple[int, int, int] | None = None
@@ -91,6 +92,10 @@ class Hold(prune.BasePruningMethod):
         For the penalty 1 at the masked weights, as uint8, or in the weight's dtype for small tensors. For the zeros 1
         at the kept weights, as uint8; or, for small tensors, a bool that is True at the masked ones.
         """
+        address = (weight.data_ptr(), weight.dtype)
+        if self._cached is not None and self._cached_at == address and type(parameter) is nn.Parameter:
+            return self._cached  # the common case, kept short: small models take this path more often than any other
+        self._cached_at = address
         key = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
         if self._cached is None or self._cached_for != key:
             if not is_sharded(parameter) and tuple(weight.shape) != self.mask.shape:
@@ -231,6 +236,7 @@ class Hold(prune.BasePruningMethod):
     def detach(self, *, keep_hook: bool = False) -> None:
         """Take the hooks off the layer and the parameter."""
         self.attached = False
+        self.ticket.detached += 1
         self._stop_watching()
         layer = self._layer()
         hooks: dict[int, Any] = {} if layer is None or keep_hook else layer._forward_pre_hooks

@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from .holds import Hold
     from .hooks import Groups, Held
+    from .tickets import Ticket
 
 
 class Members:
     """The holds that an optimizer has a part in; looking them up costs as much as penalising small layers."""
 
-    def __init__(self, holds: list[Hold], optimizer: Optimizer, groups: Groups) -> None:
+    def __init__(self, ticket: Ticket, optimizer: Optimizer, groups: Groups) -> None:
         self.held: Held = []
         self.missing = False
         self._sources: list[tuple[dict[str, Any], str, Tensor | None]] = []
         seen: set[int] = set()
-        for hold in holds:
+        for hold in ticket.holds:
             parameter = hold.parameter()
             owner = hold.owner()
             if owner is not None:
@@ -32,15 +32,15 @@ class Members:
                 self.held.append((hold, parameter, groups[id(parameter)]))
             else:
                 self.missing = True
-        self._holds = holds
+        self._detached = ticket.detached
         self._groups = optimizer.param_groups
         self._sizes = [len(group["params"]) for group in self._groups]
 
-    def are_current(self, optimizer: Optimizer) -> bool:
+    def are_current(self, ticket: Ticket, optimizer: Optimizer) -> bool:
         """Whether neither the model nor the optimizer has other parameters since."""
         return (
             optimizer.param_groups is self._groups
+            and ticket.detached == self._detached
             and [len(group["params"]) for group in self._groups] == self._sizes
             and all(parameters.get(name) is parameter for parameters, name, parameter in self._sources)
-            and all(hold.attached for hold in self._holds)
         )

@@ -9,16 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_WHOLE = (nn.Parameter, Tensor)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor: this process holds a part of it."""
     # Asked by attribute and not by type: importing torch.distributed.tensor takes longer than importing this package.
-    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
+    return type(tensor) not in _WHOLE and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds: the tensor itself, or the local shard of a DTensor (shared memory, no copy)."""
-    if type(tensor) is nn.Parameter or type(tensor) is Tensor:
+    if type(tensor) in _WHOLE:
         return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

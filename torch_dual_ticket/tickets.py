@@ -35,6 +35,7 @@ class Ticket:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket: no cycle
+        self.detached = 0  # holds that have ended
         self.given_up: set[str] = set()  # parameters that prune.remove took out
         self.enforcing = False
         self.penalty = 0.0
@@ -162,12 +163,12 @@ class Ticket:
     def held_by(self, optimizer: Optimizer) -> Held:
         """The holds whose parameters the optimizer has, each parameter once."""
         members = self._members.get(optimizer)
-        if members is None or not members.are_current(optimizer):
+        if members is None or not members.are_current(self, optimizer):
             groups = groups_of(optimizer)
-            members = Members(self.holds, optimizer, groups)
+            members = Members(self, optimizer, groups)
             if members.missing and any(is_sharded(group["params"][0]) for group in groups.values()):
                 self.reshard()
-                members = Members(self.holds, optimizer, groups)
+                members = Members(self, optimizer, groups)
             self._members[optimizer] = members
         return members.held
 
