@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from models import assert_same, finalize_quietly, mlp, twins
+from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, mlp, twins
 from reference import ByHand
 
 from torch_dual_ticket import RSTScheduler
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-UPDATES = 24
-MIDDLE = 12
+UPDATES = 40
+MIDDLE = 20
 
 
 class Library:
@@ -102,6 +102,23 @@ def updates(side: Side, count: int = UPDATES, middle: int = MIDDLE) -> Iterator[
         yield index
 
 
+def training_with(
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], build: Callable[[], nn.Module] = mlp
+) -> Callable[[nn.Module, Side], None]:
+    """The plain loop with one optimizer."""
+
+    def train(model: nn.Module, side: Side) -> None:
+        optimizer = make_optimizer(model)
+        for index in updates(side):
+            optimizer.zero_grad()
+            loss_of(model, index, INPUT_SHAPES[build]).backward()
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    return train
+
+
 def assert_same_life(
     train: Callable[..., None],
     build: Callable[[], nn.Module] = mlp,
@@ -110,7 +127,8 @@ def assert_same_life(
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-12,
     sparsity: float = 0.8,
-    steps: int = 8,
+    steps: int = 12,
+    max_penalty: float = 1.0,
     schedule: Callable[[float], float] = lambda progress: progress,
     **settings: Any,
 ) -> RSTScheduler:
@@ -122,8 +140,9 @@ def assert_same_life(
     before = copy.deepcopy(model)
     prepared = () if prepare is None else (prepare(model),)
     prepared_by_hand = () if prepare is None else (prepare(other),)
-    rst = RSTScheduler(model, sparsity=sparsity, steps=steps, schedule=schedule, seed=3, **settings)
-    by_hand = ByHand(other, rst.masks, steps=steps, schedule=schedule)
+    rising: Any = {"steps": steps, "max_penalty": max_penalty, "schedule": schedule}
+    rst = RSTScheduler(model, sparsity=sparsity, seed=3, **rising, **settings)
+    by_hand = ByHand(other, rst.masks, **rising)
     library, hand = Library(model, rst), Hand(other, by_hand)
     train(model, library, *prepared)
     train(other, hand, *prepared_by_hand)

@@ -116,8 +116,7 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
             for ticket, held in _held(optimizer, enforcing=False):
                 if ticket.silenced or (ticket.optimizer is not None and ticket.optimizer() is not optimizer):
                     continue
-                ticket.penalise(held, optimizer)
-                if isinstance(optimizer, LBFGS):  # its line search compares losses
+                if ticket.penalise(held, optimizer) and isinstance(optimizer, LBFGS):  # its line search compares losses
                     loss = loss + ticket.penalty_of(held)
         return loss
 

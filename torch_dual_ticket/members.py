@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,13 +35,20 @@ class Members:
                 self.missing = True
         self._detached = ticket.detached
         self._groups = optimizer.param_groups
-        self._sizes = [len(group["params"]) for group in self._groups]
+        self._listed = [(group, list(group["params"])) for group in self._groups]
 
     def are_current(self, ticket: Ticket, optimizer: Optimizer) -> bool:
         """Whether neither the model nor the optimizer has other parameters since."""
         return (
             optimizer.param_groups is self._groups
             and ticket.detached == self._detached
-            and [len(group["params"]) for group in self._groups] == self._sizes
+            and len(self._groups) == len(self._listed)
+            and all(map(_lists, self._groups, self._listed))
             and all(parameters.get(name) is parameter for parameters, name, parameter in self._sources)
         )
+
+
+def _lists(group: dict[str, Any], listed: tuple[dict[str, Any], list[Tensor]]) -> bool:
+    """Whether a group is still the one with these parameters; they may be exchanged in place."""
+    parameters = group["params"]
+    return group is listed[0] and len(parameters) == len(listed[1]) and all(map(operator.is_, parameters, listed[1]))

@@ -172,8 +172,8 @@ class Ticket:
             self._members[optimizer] = members
         return members.held
 
-    def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> None:
-        """Add λ·w to the gradients of the masked weights, once to each gradient."""
+    def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> bool:
+        """Add λ·w to the gradients of the masked weights, once to each gradient; returns whether any was due."""
         todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
         penalised: list[Tensor] = []
         outer: list[Groups] | None = None
@@ -203,7 +203,7 @@ class Ticket:
                 todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
         if not penalised:
-            return
+            return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
         for sign, work in todo.items():
             if work and self.penalty != 0:
@@ -219,6 +219,7 @@ class Ticket:
             self.update_pending = True
         else:
             self._found_infs.append(found_inf)
+        return True
 
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""

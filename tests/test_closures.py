@@ -1,0 +1,152 @@
+"""Updates that compute their own gradients: ``optimizer.step(closure)``."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from lives import assert_same_life, updates
+from models import INPUT_SHAPES, loss_of, mlp
+from torch import nn
+
+SHAPE = INPUT_SHAPES[mlp]
+
+
+def closure_of(model, side, optimizer, index):
+    """What people write, with the moments of the loop by hand in it."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, index, SHAPE)
+        loss.backward()
+        side.before_update()
+        return loss
+
+    return closure
+
+
+def positional(optimizer, closure):
+    return optimizer.step(closure)
+
+
+def keyword(optimizer, closure):
+    return optimizer.step(closure=closure)
+
+
+def callable_object(optimizer, closure):
+    """It has no ``__name__``."""
+    return optimizer.step(functools.partial(closure))
+
+
+@pytest.mark.parametrize("call", [positional, keyword, callable_object], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+def test_a_step_with_a_closure(call, kind):
+    """Nothing is in ``.grad`` when the step begins: the penalty is added when the closure has filled it."""
+
+    def train(model, side):
+        optimizer = kind(model.parameters(), lr=1e-2)
+        for index in updates(side):
+            closure = closure_of(model, side, optimizer, index)
+            with torch.no_grad():
+                expected = loss_of(model, index, SHAPE)
+            assert torch.equal(call(optimizer, closure), expected)  # the loss is passed on as it is
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_one_closure_for_the_whole_training():
+    """It is wrapped anew for each step, and not once more on top of the last wrapping."""
+    depths = {True: set(), False: set()}
+
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        indices = updates(side)
+        coming = [next(indices)]
+
+        def closure():
+            depths[side.by_hand].add(len(inspect.stack()))
+            return closure_of(model, side, optimizer, coming[0])()
+
+        while coming:
+            optimizer.step(closure)
+            side.after_update()
+            coming = [index for index in [next(indices, None)] if index is not None]
+
+    assert_same_life(train)
+    assert len(depths[False]) == 1
+
+
+def test_a_closure_that_accumulates_and_clips():
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for index in updates(side):
+
+            def closure(index=index):
+                optimizer.zero_grad()
+                losses = [loss_of(model, 3 * index + part, SHAPE) for part in range(3)]
+                for loss in losses:
+                    loss.backward()
+                side.after_backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                side.before_update()
+                return sum(losses)
+
+            optimizer.step(closure)
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_a_closure_that_returns_nothing():
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for index in updates(side):
+
+            def closure(index=index):
+                closure_of(model, side, optimizer, index)()
+
+            assert optimizer.step(closure) is None
+            side.after_update()
+
+    assert_same_life(train)
+
+
+class Rewrapping(torch.optim.LBFGS):
+    """Hands its own closure down to the step that it inherits, which fires the hooks again."""
+
+    def step(self, closure):
+        return super().step(lambda: closure())
+
+
+LINE_SEARCHES = {"fixed": None, "strong-wolfe": "strong_wolfe"}
+
+
+@pytest.mark.parametrize("line_search", LINE_SEARCHES)
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Rewrapping], ids=lambda kind: kind.__name__)
+def test_lbfgs(line_search, kind):
+    """It compares losses along a line: the loss that it sees has the term whose gradient the penalty is."""
+    torch.optim.LBFGS([torch.zeros(1)])  # from here on, the step that a subclass inherits fires hooks of its own
+    evaluations = {True: 0, False: 0}
+
+    def train(model, side):
+        optimizer = kind(
+            model.parameters(), lr=0.5, max_iter=4, history_size=5, line_search_fn=LINE_SEARCHES[line_search]
+        )
+        for index in updates(side, count=12, middle=6):
+
+            def closure(index=index):
+                evaluations[side.by_hand] += 1
+                optimizer.zero_grad()
+                if side.by_hand and side.finalized:
+                    side.project()  # the line search has moved masked weights
+                loss = loss_of(model, index, SHAPE)
+                loss.backward()
+                side.before_update()
+                return loss + side.penalty_of_loss()
+
+            optimizer.step(closure)
+            side.after_update()
+
+    assert_same_life(train, steps=4, max_penalty=0.3)
+    assert evaluations[True] == evaluations[False] > 24

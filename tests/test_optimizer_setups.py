@@ -1,0 +1,271 @@
+"""Who holds which parameters, and since when: groups, several optimizers, subclasses, wrappers, replacements."""
+
+import copy
+
+import pytest
+import torch
+from lives import assert_same_life, training_with, updates
+from models import INPUT_SHAPES, loss_of, mlp
+
+SHAPE = INPUT_SHAPES[mlp]
+
+
+def backward(model, index):
+    model.zero_grad()
+    loss_of(model, index, SHAPE).backward()
+
+
+def test_several_groups():
+    """Each with settings of its own; one is maximised, which turns its penalty alone around."""
+
+    def train(model, side):
+        groups = [
+            {"params": model[0].parameters(), "lr": 1e-2, "weight_decay": 1e-2},
+            {"params": [model[2].weight], "lr": 3e-2},
+            {"params": [model[2].bias, *model[4].parameters()]},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=2e-2)
+        for index in updates(side):
+            optimizer.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_a_maximised_group():
+    def train(model, side):
+        groups = [{"params": model[0].parameters(), "maximize": True}, {"params": model[2:].parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=1e-2)
+        for index in updates(side):
+            backward(model, index)
+            for times in range(2):  # by hand, the penalty is added to the negative gradient of that group
+                for parameter in model[0].parameters():
+                    parameter.grad.neg_()
+                if times == 0:
+                    side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_a_group_added_later():
+    def train(model, side):
+        optimizer = torch.optim.Adam(model[:4].parameters(), lr=1e-2)
+        for index in updates(side):
+            if index == 5:
+                optimizer.add_param_group({"params": model[4].parameters(), "lr": 1e-3})
+            model[4].requires_grad_(index >= 5)
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_parameters_put_into_a_group_by_hand():
+    """The optimizer was made for another copy of the model; its list of parameters is exchanged in place."""
+
+    def train(model, side):
+        elsewhere = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(elsewhere.parameters(), lr=1e-2)
+        optimizer.step()  # holds nothing of the model yet
+        optimizer.param_groups[0]["params"][:] = list(model.parameters())
+        for index in updates(side):
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_an_optimizer_restored_midway():
+    """``load_state_dict`` makes new groups."""
+
+    def train(model, side):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for index in updates(side):
+            if index in (7, 33):
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_a_new_optimizer_for_finetuning():
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+        for index in updates(side, middle=20):
+            if index == 20:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_a_learning_rate_schedule():
+    """``LRScheduler`` puts a ``step`` of its own on the optimizer object."""
+
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+        for index in updates(side):
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            schedule.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+def test_optimizers_made_before_and_after_the_scheduler():
+    """Three over one model, of three kinds: two made before the scheduler, one after; one steps half as often."""
+
+    def prepare(model):
+        return [
+            torch.optim.SGD(model[0].parameters(), lr=0.05, momentum=0.9),
+            torch.optim.Adam(model[2].parameters(), lr=1e-2),
+        ]
+
+    def train(model, side, early):
+        optimizers = [*early, torch.optim.RMSprop(model[4].parameters(), lr=1e-3)]
+        for index in updates(side):
+            for number, optimizer in enumerate(optimizers):
+                if number < 2 or index % 2:
+                    optimizer.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            stepping = optimizers if index % 2 else optimizers[:2]
+            if side.by_hand:
+                kept_aside = model[4].weight.grad
+                if not index % 2:
+                    model[4].weight.grad = None
+                side.before_update()
+                model[4].weight.grad = kept_aside
+            for optimizer in stepping:
+                optimizer.step()
+            side.after_update()
+
+    assert_same_life(train, prepare=prepare)
+
+
+class Halved(torch.optim.SGD):
+    """Changes the gradients in place before the step that it inherits."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0.5)
+        return super().step(closure)
+
+
+class Replaced(torch.optim.SGD):
+    """Puts other gradients in the place of the ones it is given; two levels up, hooks fire again."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.sign() * 0.01 + parameter.grad
+        return super().step(closure)
+
+
+class ReplacedTwice(Replaced):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("ticks", ["each", "every-third"])
+@pytest.mark.parametrize("kind", [Halved, Replaced, ReplacedTwice], ids=lambda kind: kind.__name__)
+def test_a_subclass_that_calls_the_step_it_inherits(kind, ticks):
+    """One update, though the hooks fire at each level; also for the second update of a tick."""
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire hooks of their own
+    Replaced([torch.zeros(1)])
+
+    def train(model, side):
+        optimizer = kind(model.parameters(), lr=0.05)
+        for index in updates(side):
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            if side.by_hand:
+                side.project()
+            if ticks == "each" or index % 3 == 2:
+                side.tick()
+
+    assert_same_life(train)
+
+
+def test_a_step_that_raised():
+    """What was going on when a step raised is not taken for going on still."""
+
+    class Fragile(torch.optim.SGD):
+        broken = False
+
+        def step(self, closure=None):
+            if self.broken:
+                raise ArithmeticError
+            return super().step(closure)
+
+    def train(model, side):
+        optimizer = Fragile(model.parameters(), lr=0.05)
+        for index in updates(side):
+            if index % 4 == 2:
+                backward(model, index)
+                optimizer.broken = True
+                with pytest.raises(ArithmeticError):
+                    optimizer.step()
+                optimizer.broken = False
+            backward(model, index)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
+class Wrapper:
+    """Has an optimizer, and is none: what libraries of mixed precision and of distribution hand out."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.optimizer.step()
+
+
+class UninitialisedWrapper(torch.optim.Optimizer):
+    """Is an optimizer by name alone: it shares the groups of the one inside and has no hooks of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("kind", [Wrapper, UninitialisedWrapper], ids=lambda kind: kind.__name__)
+def test_a_wrapper(kind):
+    assert_same_life(training_with(lambda model: kind(torch.optim.Adam(model.parameters(), lr=1e-2))))
