@@ -25,8 +25,9 @@ def check_unheld(targets: list[Target]) -> None:
     for target in targets:
         if holder_of(target.parameter) is not None:
             raise ValueError(
-                f"{target.name} is held by another RSTScheduler. Call remove() on that one first, or leave the layer"
-                f" out with exclude=[{target.layer_name!r}]."
+                f"{target.name} is held by another RSTScheduler. Call remove() on that one first (a copied model has"
+                f" none: prune.remove(layer, {target.places[0].tensor_name!r})), or leave the layer out with"
+                f" exclude=[{target.layer_name!r}]."
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
+from .frames import in_functional_call
 from .kernels import SMALL, clear_, materialised
 from .shards import is_sharded, local, local_offset, placement
+from .vacancy import Vacancy, is_collecting
+from .watches import GradientWatch
 
 if TYPE_CHECKING:
     from .masks import Mask
@@ -52,8 +55,7 @@ class Hold(prune.BasePruningMethod):
         self._cached: Tensor | None = None
         self._cached_for: tuple[Any, ...] = ()
         self._cached_at: tuple[int, torch.dtype] | None = None
-        self._gradient_hook: RemovableHandle | None = None
-        self._watched = 0  # the tensor behind the parameter that has the hook
+        self.watch = GradientWatch(self)
         self._clean: tuple[int, int, int] | None = None
         self._sharded = False
         self.carried = False  # the penalty since the last tick
@@ -70,9 +72,9 @@ class Hold(prune.BasePruningMethod):
 
     def parameter(self) -> Tensor | None:
         owner = self._owner()
-        found = None if owner is None else owner._parameters.get(self.attribute)
+        found = _parameters(owner).get(self.attribute)
         if found is None and self.attribute != self.tensor_name and (layer := self._layer()) is not None:
-            found = layer._parameters.get(self.tensor_name)
+            found = _parameters(layer).get(self.tensor_name)
             if found is not None:  # weight_norm, say, was removed, and its zeros are the weight's
                 self._owner, self.attribute = self._layer, self.tensor_name
         return found
@@ -141,12 +143,12 @@ class Hold(prune.BasePruningMethod):
         self.__class__ = ActiveHold
         if parameter is not None and not parameter.is_meta:
             self.zero(parameter)
-            self.watch(parameter)
+            self.watch.over(parameter)
 
     def deactivate(self) -> None:
         self.__class__ = Hold
         self._cached = None
-        self._stop_watching()
+        self.watch.stop()
 
     def zero(self, parameter: Tensor) -> None:
         """Set the masked weights to zero. Call it under ``no_grad``."""
@@ -158,29 +160,6 @@ class Hold(prune.BasePruningMethod):
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the parameter is unchanged since its masked weights were set to zero."""
         return self._clean == _stamp(parameter)
-
-    def watch(self, parameter: Tensor) -> None:
-        """Mask the gradients of this parameter as they arrive, and the one that is there already."""
-        if self._is_watching(parameter) or not parameter.requires_grad:
-            return
-        self._stop_watching()
-        hook = partial(_mask_gradient, weakref.ref(self))
-        self._gradient_hook = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
-        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
-        self._watched = parameter._cdata
-        self.mask_gradient(parameter)
-
-    def _is_watching(self, parameter: Tensor) -> bool:
-        hooks = parameter._post_accumulate_grad_hooks
-        if self._gradient_hook is None or hooks is None or self._gradient_hook.id not in hooks:
-            return False
-        return self._watched == parameter._cdata
-
-    def _stop_watching(self) -> None:
-        if self._gradient_hook is not None:
-            self._gradient_hook.remove()
-        self._gradient_hook = None
 
     def mask_gradient(self, parameter: Tensor) -> None:
         """Set the gradients of the masked weights to zero. Call it under ``no_grad``."""
@@ -237,35 +216,45 @@ class Hold(prune.BasePruningMethod):
         """Take the hooks off the layer and the parameter."""
         self.attached = False
         self.ticket.detached += 1
-        self._stop_watching()
+        self.watch.stop()
         layer = self._layer()
         hooks: dict[int, Any] = {} if layer is None or keep_hook else layer._forward_pre_hooks
-        if hooks.get(self.hook_id) is self:
+        if hooks.get(self.hook_id) is not self:
+            return
+        if is_collecting():
+            hooks[self.hook_id] = Vacancy()
+        else:
             del hooks[self.hook_id]
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.ticket.enforcing:
-            return _NoHook, ()  # a copy made during the transformation is a plain model
+            return Vacancy, ()  # a copy made during the transformation is a plain model
         return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("ticket", "name", "primary", "attribute", "tensor_name", "mask", "hook_id", "goes_first")
-        self.parameter()  # which may have moved
+        parameter = self.parameter()  # which may have moved
         layer, owner = self._layer(), self._owner()
-        owner = layer if owner is None else owner
-        return {name: getattr(self, name) for name in names} | {"layer": layer, "owner": owner}
+        state = {name: getattr(self, name) for name in names}
+        return state | {"layer": layer, "owner": layer if owner is None else owner, "parameter": parameter}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layer = weakref.ref(state.pop("layer"))
         self._owner = weakref.ref(state.pop("owner"))
+        parameter = state.pop("parameter")
         self.__dict__.update(state)
         self._forget()
         self.attached = True
         # As RemovableHandle does: a hook that is registered later must not take this one's place.
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
         self.ticket.add(self)
+        if parameter is not None:
+            self._clean = (parameter._cdata, 0, -1)  # known, but not known to be clean
+            # Not only at the first forward: a child that its parent never calls has none, and clipping comes before
+            # the first step.
+            self.watch.over(parameter)
 
 
 class ActiveHold(Hold):
@@ -278,34 +267,25 @@ class ActiveHold(Hold):
         parameter = self.parameter()
         if parameter is None and module is self._layer():  # and not one that a conversion has given the hook to
             self.check_reachable()
-        # Tensors that functional_call puts in are the caller's own. A whole parameter of a sharded module is a passing
-        # view of shards that are zeroed themselves.
+        # What functional_call puts in is the caller's own. A whole parameter of a sharded module is a passing view of
+        # shards that are zeroed themselves.
         if not isinstance(parameter, nn.Parameter) or (self._sharded and not is_sharded(parameter)):
             return
         if self.ticket.by_hand or not self.is_clean(parameter):
+            is_known = self._clean is None or self._clean[0] == parameter._cdata
+            if not is_known and in_functional_call(sys._getframe(1)):
+                return
             with torch.no_grad():
                 self.zero(parameter)
-                self.watch(parameter)
-
-
-class _NoHook:
-    """What stands in a copied model where the original has the hook of a running transformation."""
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None: ...
-
-
-def _mask_gradient(hold: weakref.ref[Hold], parameter: Tensor) -> None:
-    held = hold()
-    if held is None:
-        return
-    if torch.is_grad_enabled():  # backward(create_graph=True)
-        with torch.no_grad():
-            held.mask_gradient(parameter)
-    else:
-        held.mask_gradient(parameter)
+                self.watch.over(parameter)
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int, int]:
     """Changes with the parameter, its memory and its values; ``.data = …`` changes the memory alone."""
     weight = local(parameter)
     return parameter._cdata, weight.data_ptr(), weight._version
+
+
+def _parameters(module: nn.Module | None) -> dict[str, Tensor | None]:
+    """Empty also for a module that another thread is just copying: its attributes are set last."""
+    return {} if module is None else module.__dict__.get("_parameters", {})

@@ -16,6 +16,8 @@ import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .vacancy import watch_collector
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
@@ -42,6 +44,7 @@ def register(ticket: Ticket) -> None:
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
+            watch_collector()
             _installed = True
 
 
@@ -81,7 +84,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     with torch.no_grad():
         for _, held in enforced:
             for hold, parameter, _ in held:
-                hold.watch(parameter)
+                hold.watch.over(parameter)
     penalised = [
         (ticket, held)
         for ticket, held in _held(optimizer, enforcing=False)

@@ -1,0 +1,62 @@
+"""What masks the gradients of one parameter as they arrive, before clipping and optimizers look at them."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+
+    from .holds import Hold
+
+
+class GradientWatch:
+    """The post-accumulate hook of a hold, on whatever tensor its parameter is at the moment."""
+
+    def __init__(self, hold: Hold) -> None:
+        self._hold = weakref.ref(hold)
+        self._hook: RemovableHandle | None = None
+        self._watched = 0  # the tensor behind the parameter that has the hook
+
+    def over(self, parameter: Tensor) -> None:
+        """Mask the gradients of this parameter from now on, and the one that is there already, under ``no_grad``."""
+        hold = self._hold()
+        if hold is None or self._is_over(parameter) or not parameter.requires_grad:
+            return
+        self.stop()
+        hook = partial(_mask_gradient, self._hold)
+        self._hook = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
+        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+        self._watched = parameter._cdata
+        hold.mask_gradient(parameter)
+
+    def _is_over(self, parameter: Tensor) -> bool:
+        hooks = parameter._post_accumulate_grad_hooks
+        return (
+            self._hook is not None
+            and hooks is not None
+            and self._hook.id in hooks
+            and self._watched == parameter._cdata
+        )
+
+    def stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+
+def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
+    hold = hold_ref()
+    if hold is None:
+        return
+    if torch.is_grad_enabled():  # backward(create_graph=True)
+        with torch.no_grad():
+            hold.mask_gradient(parameter)
+    else:
+        hold.mask_gradient(parameter)
