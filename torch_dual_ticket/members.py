@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from .holds import Hold
     from .hooks import Groups, Held
     from .tickets import Ticket
 
 
 class Members:
-    """The holds that an optimizer has a part in; looking them up costs as much as penalising small layers."""
+    """The holds that an optimizer has a part in; looking them up costs as much as penalising small layers.
+
+    What the optimizer has no part in is not kept alive: a dropped model must not wait for another model's optimizer.
+    """
 
     def __init__(self, ticket: Ticket, optimizer: Optimizer, groups: Groups) -> None:
         self.held: Held = []
-        self.missing = False
-        self._sources: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._sources: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._missing: list[tuple[weakref.ref[Hold], int]] = []
         seen: set[int] = set()
         for hold in ticket.holds:
             parameter = hold.parameter()
             owner = hold.owner()
-            if owner is not None:
-                self._sources.append((owner._parameters, hold.attribute, parameter))
-            if parameter is None or id(parameter) in seen:
+            if parameter is None or owner is None or id(parameter) not in groups:
+                self._missing.append((weakref.ref(hold), id(parameter)))
                 continue
-            seen.add(id(parameter))
-            if id(parameter) in groups:
+            self._sources.append((owner._parameters, hold.attribute, parameter))
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
                 self.held.append((hold, parameter, groups[id(parameter)]))
-            else:
-                self.missing = True
+        self.missing = bool(self._missing)
         self._detached = ticket.detached
         self._groups = optimizer.param_groups
         self._listed = [(group, list(group["params"])) for group in self._groups]
@@ -45,6 +49,7 @@ class Members:
             and len(self._groups) == len(self._listed)
             and all(map(_lists, self._groups, self._listed))
             and all(parameters.get(name) is parameter for parameters, name, parameter in self._sources)
+            and all((hold := ref()) is None or id(hold.parameter()) == known for ref, known in self._missing)
         )
 
 

@@ -117,6 +117,7 @@ class Ticket:
         """Let go of the model: no hook is left."""
         for hold in self.holds:
             hold.detach()
+        self._members.clear()  # it references the holds
         self.penalty = 0.0
 
     def abandon(self) -> None:
