@@ -96,12 +96,16 @@ def check_state(state: Mapping[str, Any]) -> tuple[int, bool, str, int]:
     """Ticks, pending, phase and seed of a state of an RSTScheduler."""
     fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
     try:
-        sound = all(isinstance(state[name], kind) for name, kind in fields.items())
+        values = {name: state[name] for name in fields}
     except (KeyError, TypeError, IndexError):
-        sound = False
-    if not sound or state["ticks"] < 0 or state["phase"] not in ("transform", "finetune"):
         keys = sorted(map(str, state)) if hasattr(state, "keys") else type(state).__name__
-        raise ValueError(f"not a state_dict() of an RSTScheduler: needs {', '.join(fields)}; got {keys}")
+        raise ValueError(f"not a state_dict() of an RSTScheduler: needs {', '.join(fields)}; got {keys}") from None
+    wrong = {name: value for name, value in values.items() if not isinstance(value, fields[name])}
+    if not wrong and (values["ticks"] < 0 or values["phase"] not in ("transform", "finetune")):
+        wrong = {name: values[name] for name in ("ticks", "phase")}
+    if wrong:
+        listed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise ValueError(f"a damaged state_dict() of an RSTScheduler, with {listed}. Load it as it was saved.")
     if state["version"] != STATE_VERSION:
         raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
     return state["ticks"], state["update_pending"], state["phase"], state["seed"]

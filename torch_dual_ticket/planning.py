@@ -78,7 +78,8 @@ def make_plan(
             )
     if not any(cycle_counts[-1].values()):
         raise ValueError(
-            f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units"
+            f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units."
+            " Give a higher sparsity."
         )
     return Plan(pattern, shapes, {target.name: target.transposed for target in chosen}, cycle_counts)
 

@@ -30,6 +30,11 @@ DEFAULT_TARGETS: tuple[TargetType, ...] = (
     nn.ConvTranspose3d,
 )
 
+_TARGETS_ARE = (
+    "targets are module types, whose `weight` is taken, or pairs of a module type and a pattern of parameter names, as"
+    " in targets=(nn.Linear, (nn.LSTM, 'weight_*'))"
+)
+
 # Wrappers that add a level to every name, by class name: importing some of the classes would take seconds.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -98,7 +103,9 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
         ValueError: an exclusion that matches no module, a lazy, frozen or integer parameter, a reparametrisation under
             which zeros would not survive, or no target at all.
     """
-    pairs = [_check_type(entry) for entry in (types if isinstance(types, Sequence) else [(types,)])]
+    if not isinstance(types, Sequence):
+        raise TypeError(f"{_TARGETS_ARE}; got {types!r}")
+    pairs = [_check_type(entry) for entry in types]
     if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
         raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
     modules = list(unwrapped_modules(model))
@@ -170,10 +177,7 @@ def unwrapped_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def _check_type(entry: TargetType) -> tuple[type, str]:
     module_type, pattern = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, "weight")
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module) and isinstance(pattern, str)):
-        raise TypeError(
-            "targets are module types, whose `weight` is taken, or pairs of a module type and a pattern of parameter"
-            f" names, as in targets=(nn.Linear, (nn.LSTM, 'weight_*')); got {entry!r}"
-        )
+        raise TypeError(f"{_TARGETS_ARE}; got {entry!r} among them")
     return module_type, pattern
 
 
@@ -264,4 +268,7 @@ def _check_parameter(target: Target) -> None:
             " memory of its own: nn.Parameter(weight.resolve_conj().resolve_neg())."
         )
     if parameter.layout is not torch.strided:
-        raise ValueError(f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned")
+        raise ValueError(
+            f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned. Leave the layer out"
+            f" with exclude=[{layer!r}]."
+        )
