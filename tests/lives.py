@@ -38,6 +38,7 @@ class Library:
 
     def after_backward(self) -> None: ...
     def before_update(self, sign: float = 1.0) -> None: ...
+    def updated(self) -> None: ...
     def after_update(self) -> None:
         self.rst.step()
 
@@ -48,7 +49,7 @@ class Library:
 class Hand:
     """The moments of a loop at which a careful person has something to do.
 
-    ``after_update`` is an update and a tick; where they are not one to one, ``project`` and ``tick`` are called apart.
+    ``after_update`` is an update and a tick; where they are not one to one, ``updated`` and ``tick`` are called apart.
     """
 
     by_hand = True
@@ -75,8 +76,7 @@ class Hand:
     def after_update(self) -> None:
         self.reference.after_update()
 
-    def project(self) -> None:
-        """An update without a tick."""
+    def updated(self) -> None:
         self.reference.after_update()
         self.reference.updates -= 1
 

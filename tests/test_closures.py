@@ -139,7 +139,7 @@ def test_lbfgs(line_search, kind):
                 evaluations[side.by_hand] += 1
                 optimizer.zero_grad()
                 if side.by_hand and side.finalized:
-                    side.project()  # the line search has moved masked weights
+                    side.updated()  # the line search has moved masked weights
                 loss = loss_of(model, index, SHAPE)
                 loss.backward()
                 side.before_update()

@@ -200,8 +200,7 @@ def test_a_subclass_that_calls_the_step_it_inherits(kind, ticks):
             backward(model, index)
             side.before_update()
             optimizer.step()
-            if side.by_hand:
-                side.project()
+            side.updated()
             if ticks == "each" or index % 3 == 2:
                 side.tick()
 

@@ -72,6 +72,28 @@ def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]
     return found
 
 
+def _penalised(optimizer: Optimizer) -> list[tuple[Ticket, Held]]:
+    """The tickets in transformation, with their holds on what the optimizer itself is about to update."""
+    found = [
+        (ticket, held)
+        for ticket, held in _held(optimizer, enforcing=False)
+        if not ticket.silenced and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
+    ]
+    if found and (parts := _parts(optimizer)):
+        left = {key for part in parts for key in groups_of(part)}
+        found = [(ticket, [entry for entry in held if id(entry[1]) not in left]) for ticket, held in found]
+    return found
+
+
+def _parts(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one is made of (SAM, Lookahead): their steps are the updates, and carry the penalty."""
+    return [part for part in vars(optimizer).values() if isinstance(part, Optimizer)]
+
+
+def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:
+    return optimizer is given or (given is not None and any(_is_part(optimizer, part) for part in _parts(given)))
+
+
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with torch.no_grad():
         for _, held in _held(optimizer, enforcing=True):
@@ -85,11 +107,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         for _, held in enforced:
             for hold, parameter, _ in held:
                 hold.watch.over(parameter)
-    penalised = [
-        (ticket, held)
-        for ticket, held in _held(optimizer, enforcing=False)
-        if not ticket.silenced and (ticket.optimizer is None or ticket.optimizer() is optimizer)
-    ]
+    penalised = _penalised(optimizer)
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:
         with torch.no_grad():
@@ -116,9 +134,7 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
                         hold.zero(parameter)
         loss = closure()
         with torch.no_grad():
-            for ticket, held in _held(optimizer, enforcing=False):
-                if ticket.silenced or (ticket.optimizer is not None and ticket.optimizer() is not optimizer):
-                    continue
+            for ticket, held in _penalised(optimizer):
                 if ticket.penalise(held, optimizer) and isinstance(optimizer, LBFGS):  # its line search compares losses
                     loss = loss + ticket.penalty_of(held)
         return loss
@@ -127,8 +143,8 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
     return penalised
 
 
-def outer_steps() -> list[Optimizer]:
-    """The optimizers in whose step the running step was called; the running one is not among them.
+def updated_by_outer_steps() -> set[int]:
+    """The ids of the parameters that are updated by steps in which the running step was called.
 
     Read off the call stack: a flag set before a step and cleared after it would stay set when the step raises.
     """
@@ -138,4 +154,6 @@ def outer_steps() -> list[Optimizer]:
         if frame.f_code is _STEP_CODE:
             running.append(frame.f_locals.get("self"))
         frame = frame.f_back
-    return [optimizer for optimizer in running[1:] if isinstance(optimizer, Optimizer)]
+    outer = [optimizer for optimizer in running[1:] if isinstance(optimizer, Optimizer)]
+    left = {key for optimizer in outer for part in _parts(optimizer) for key in groups_of(part)}
+    return {key for optimizer in outer for key in groups_of(optimizer)} - left

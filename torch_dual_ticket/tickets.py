@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .holds import Hold
-from .hooks import groups_of, outer_steps, register
+from .hooks import groups_of, register, updated_by_outer_steps
 from .kernels import add_scaled_, clear_, materialised, squared_norms
 from .members import Members
 from .shards import is_sharded, local, local_offset, placed_like, reshard, sum_over_shards
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from .hooks import Groups, Held
+    from .hooks import Held
     from .masks import Mask
     from .targets import Target
 
@@ -177,7 +177,7 @@ class Ticket:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns whether any was due."""
         todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
         penalised: list[Tensor] = []
-        outer: list[Groups] | None = None
+        outer: set[int] | None = None
         for hold, parameter, group in held:
             grad = parameter.grad
             if grad is None or grad.__dict__.get(_MARK) == local(grad)._version:
@@ -186,8 +186,8 @@ class Ticket:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
                 # the outer step has changed or replaced it since.
                 if outer is None:
-                    outer = [groups_of(other) for other in outer_steps()]
-                if any(id(parameter) in groups for groups in outer):
+                    outer = updated_by_outer_steps()
+                if id(parameter) in outer:
                     continue
             hold.carried = True
             weight = local(parameter)

@@ -26,7 +26,12 @@ class GradientWatch:
     def over(self, parameter: Tensor) -> None:
         """Mask the gradients of this parameter from now on, and the one that is there already, under ``no_grad``."""
         hold = self._hold()
-        if hold is None or self._is_over(parameter) or not parameter.requires_grad:
+        if hold is None or not parameter.requires_grad:
+            return
+        hooks = parameter._post_accumulate_grad_hooks
+        if self._hook is not None and hooks and self._hook.id in hooks and self._watched == parameter._cdata:
+            if next(iter(hooks)) != self._hook.id:
+                hold.mask_gradient(parameter)  # a hook before ours may be taking the step at this moment
             return
         self.stop()
         hook = partial(_mask_gradient, self._hold)
@@ -35,15 +40,6 @@ class GradientWatch:
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
         self._watched = parameter._cdata
         hold.mask_gradient(parameter)
-
-    def _is_over(self, parameter: Tensor) -> bool:
-        hooks = parameter._post_accumulate_grad_hooks
-        return (
-            self._hook is not None
-            and hooks is not None
-            and self._hook.id in hooks
-            and self._watched == parameter._cdata
-        )
 
     def stop(self) -> None:
         if self._hook is not None:
