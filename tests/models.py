@@ -90,8 +90,8 @@ def assert_same(a: nn.Module, b: nn.Module, tolerance: float = 1e-12) -> None:
         assert error <= tolerance, f"{name} differs by {error:.2e} relative"
 
 
-def finalize_quietly(rst: object) -> object:
+def finalize_quietly(rst: object, **options: str) -> object:
     """``finalize()`` after a transformation that is too short to squeeze everything out, as most tests' are."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the masked weights still held")
-        return rst.finalize()  # type: ignore[attr-defined]
+        return rst.finalize(**options)  # type: ignore[attr-defined]

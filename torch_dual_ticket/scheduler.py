@@ -229,7 +229,7 @@ class RSTScheduler:
 
         Raises:
             RuntimeError: before :meth:`finalize`.
-            ValueError: a parameter that this layout cannot carry: DTensor, tied, or parametrised.
+            ValueError: what this layout cannot carry: DTensor, tied, parametrised, not called (attention's out_proj).
         """
         if not self._ticket.enforcing:
             raise RuntimeError("to_prune() needs the final masks: call finalize() first")
