@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ STATE_VERSION = 1
 
 def check_unheld(targets: list[Target]) -> None:
     """No other scheduler holds a target."""
+    if any(holder_of(target.parameter) is not None for target in targets):
+        gc.collect()  # it may be one that was dropped, and waits for this
     for target in targets:
         if holder_of(target.parameter) is not None:
             raise ValueError(

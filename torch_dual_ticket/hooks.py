@@ -95,6 +95,10 @@ def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for ref in _tickets:
+        ticket = ref()
+        if ticket is not None:
+            ticket.note_update(optimizer)
     with torch.no_grad():
         for _, held in _held(optimizer, enforcing=True):
             for hold, parameter, _ in held:

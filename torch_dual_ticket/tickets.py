@@ -45,6 +45,7 @@ class Ticket:
         self.ever_carried = False
         self.optimizer: weakref.ref[Optimizer] | None = None
         self._members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
+        self._carrying: int | None = None  # id of the optimizer whose step is about to carry the penalty
         self._found_infs: list[Tensor] = []
         self._idle_ticks = 0
         self._has_warned = False
@@ -158,6 +159,7 @@ class Ticket:
                 stacklevel=3,
             )
         self.update_pending = self.silenced = False
+        self._carrying = None
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
@@ -178,9 +180,13 @@ class Ticket:
         todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
         penalised: list[Tensor] = []
         outer: set[int] | None = None
+        carries = False  # a penalty that it got before a step that raised, or in the step around this one
         for hold, parameter, group in held:
             grad = parameter.grad
-            if grad is None or grad.__dict__.get(_MARK) == local(grad)._version:
+            if grad is None:
+                continue
+            if grad.__dict__.get(_MARK) == local(grad)._version:
+                hold.carried = carries = True
                 continue
             if hold.carried and in_step:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
@@ -203,6 +209,8 @@ class Ticket:
                     grad = parameter.grad = materialised(grad)
                 todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
+        if penalised or carries:
+            self._carrying = id(optimizer)
         if not penalised:
             return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
@@ -214,13 +222,19 @@ class Ticket:
         # After all additions: views of one DDP bucket share a version.
         for grad in penalised:
             grad.__dict__[_MARK] = local(grad)._version
+        return True
+
+    def note_update(self, optimizer: Optimizer) -> None:
+        """A step of the optimizer is over. One that raised never gets here, and does not count."""
+        if self._carrying != id(optimizer):
+            return
+        self._carrying = None
         self.ever_carried = True
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             self.update_pending = True
         else:
             self._found_infs.append(found_inf)
-        return True
 
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
@@ -231,8 +245,8 @@ class Ticket:
             for hold, parameter in everything.values():
                 hold.mask_gradient(parameter)
                 hold.zero(parameter)
-        else:
-            self.penalise([(hold, parameter, {}) for hold, parameter in everything.values()])
+        elif self.penalise([(hold, parameter, {}) for hold, parameter in everything.values()]):
+            self.update_pending = self.ever_carried = True
         return any(parameter.grad is not None for _, parameter in everything.values())
 
     def penalty_of(self, held: Held) -> Tensor | float:
