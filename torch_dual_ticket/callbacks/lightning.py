@@ -1,0 +1,113 @@
+"""Random tickets in a Lightning ``Trainer``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..scheduler import RSTScheduler
+from .budget import check_settings, fitted, warn_if_unfinished
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from ..report import Report
+else:
+
+    def _lightning_callback() -> type:
+        """Lightning has two names, with classes of their own: serve the one in use, or both."""
+        names = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
+        if not names:
+            if not (find_spec("lightning") or find_spec("pytorch_lightning")):
+                raise ImportError("torch_dual_ticket.callbacks.lightning needs Lightning: pip install lightning")
+            names = ["lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"]
+        return type("Callback", tuple(import_module(f"{name}.callbacks").Callback for name in names), {})
+
+    Callback = _lightning_callback()
+
+
+class RSTCallback(Callback):
+    """Transform a random ticket while the first part of a training runs, then set it to zero and finetune.
+
+    Give it to the ``Trainer`` of ``lightning`` or ``pytorch_lightning``; where both are installed, import the one you
+    use first. λ rises with each batch that ends in an update, so gradient accumulation, manual optimisation and skipped
+    steps of mixed precision need nothing. Checkpoints hold the state of the schedule: resume with ``ckpt_path``.
+
+    λ is logged as ``rst/penalty`` (and shown in the progress bar), and at the end of each epoch ``rst/residual`` and
+    ``rst/sparsity``. A "best" checkpoint can be one from before the masked weights were set to zero: monitor something
+    that is only logged when ``scheduler.phase`` is "finetune" if you want to load it.
+
+    Args:
+        sparsity: as for :class:`~torch_dual_ticket.RSTScheduler`.
+        finalize_at: the fraction of the trainer's updates at which the masked weights are set to zero, and over which λ
+            rises. None: 0.5, or when the schedule is over if ``steps`` is given. Manual optimisation that does not
+            update in every batch needs ``steps``.
+        settings: the other arguments of :class:`~torch_dual_ticket.RSTScheduler`: ``exclude``, ``pattern``, ``seed``, …
+
+    Attributes:
+        scheduler: the :class:`~torch_dual_ticket.RSTScheduler` on the module; None before the training starts.
+        report: what :meth:`~torch_dual_ticket.RSTScheduler.finalize` returned; None before.
+
+    Raises:
+        TypeError, ValueError: arguments that cannot be used; those that depend on the model, when the training starts.
+
+    Example:
+        >>> from torch_dual_ticket.callbacks.lightning import RSTCallback
+        >>> ticket = RSTCallback(sparsity=0.9, finalize_at=0.5, exclude=["*head"])
+        >>> # Trainer(max_epochs=20, callbacks=[ticket]).fit(module, loader)
+    """
+
+    def __init__(
+        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
+    ) -> None:
+        super().__init__()
+        check_settings(finalize_at, {"sparsity": sparsity, **settings})
+        self.scheduler: RSTScheduler | None = None
+        self.report: Report | None = None
+        self._finalize_at = finalize_at
+        self._settings = {"sparsity": sparsity, **settings}
+        self._module: LightningModule | None = None
+        self._loaded: dict[str, Any] | None = None  # a state that came before there was a scheduler
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._module is not pl_module:
+            settings = fitted(trainer.estimated_stepping_batches, self._finalize_at, self._settings)
+            self.scheduler, self.report = RSTScheduler(pl_module, **settings), None
+            self._module = pl_module
+        if self._loaded is not None:
+            state, self._loaded = self._loaded, None
+            self.load_state_dict(state)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *unused: Any) -> None:
+        rst = self._scheduler()
+        self.log("rst/penalty", rst.penalty, prog_bar=True)
+        rst.step()
+        if rst.done and rst.phase == "transform":
+            self.report = rst.finalize()
+            if trainer.progress_bar_callback is not None:
+                trainer.progress_bar_callback.print(f"{rst} held {self.report.total.residual:.2%} of the norm")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rst = self._scheduler()
+        self.log_dict({"rst/residual": rst.residual(), "rst/sparsity": rst.sparsity})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_if_unfinished(self.scheduler)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loaded or {} if self.scheduler is None else self.scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.scheduler is None:
+            self._loaded = state_dict
+        else:
+            self.scheduler.load_state_dict(state_dict)
+
+    def _scheduler(self) -> RSTScheduler:
+        if self.scheduler is None:
+            raise RuntimeError("this RSTCallback joined a training that had started: give it to the Trainer")
+        return self.scheduler
