@@ -59,7 +59,7 @@ def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
             if dim is None:
                 continue
             kept = masks[target.name].draw()
-            slices = kept.movedim(dim, 0).flatten(1) if dim >= 0 else kept.flatten().unsqueeze(0)
+            slices = kept.movedim(dim, 0).flatten(1) if dim != -1 else kept.flatten().unsqueeze(0)
             if not bool(slices.any(1).all()):
                 raise ValueError(
                     f"{target.name} is the direction of a weight_norm, and its mask would empty a whole slice of it,"

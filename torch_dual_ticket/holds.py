@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
 from .frames import in_functional_call
-from .kernels import SMALL, clear_, materialised
+from .kernels import SMALL, clear_
 from .shards import is_sharded, local, local_offset, placement
 from .vacancy import Vacancy, is_collecting
 from .watches import GradientWatch
@@ -172,8 +172,8 @@ class Hold(prune.BasePruningMethod):
             grad = parameter.grad = grad.coalesce()
             clear_(grad._values(), kept[grad._indices()[0]])
             return
-        if grad.is_conj() or grad.is_neg():
-            grad = parameter.grad = materialised(grad)
+        if grad.is_conj():
+            grad = parameter.grad = grad.resolve_conj()
         clear_(local(grad), kept)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------

@@ -62,14 +62,6 @@ def clear_(tensor: Tensor, mask: Tensor) -> None:
         bits.mul_(kept)
 
 
-def materialised(tensor: Tensor) -> Tensor:
-    """The tensor without the conjugation or negation that autograd left for later; itself if there is none.
-
-    In-place kernels refuse tensors that carry one.
-    """
-    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
-
-
 def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of squares of the pruned elements and of all elements, as float64 scalars on the tensor's device."""
     masked = torch.zeros((), dtype=torch.float64, device=tensor.device)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 
 from .masks import MaskSpec
+from .targets import runs_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping, Sequence
@@ -154,8 +154,7 @@ def check_stock_layout(holds: Sequence[Hold]) -> None:
             reason = "is parametrised, and the stock layout replaces the attribute that the parametrisation computes"
         elif type(parameter) is not nn.Parameter:
             reason = f"is a {type(parameter).__name__}, which a mask buffer cannot be multiplied into"
-        elif isinstance(hold.layer(), (NonDynamicallyQuantizableLinear, nn.ParameterList, nn.ParameterDict)):
-            # The first is the out_proj of nn.MultiheadAttention.
+        elif not runs_forward(hold.layer()):
             reason = "is used by its parent without a call of its layer, in which torch would make the masked weight"
         else:
             continue

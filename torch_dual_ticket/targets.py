@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -68,6 +69,7 @@ class Target:
 
     name: str
     places: list[Place] = field(default_factory=list)
+    users: list[Place] = field(default_factory=list)  # seen from the modules that use it without calling its layer
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -150,7 +152,30 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
         )
     for target in targets:
         _check_parameter(target)
+        users = [_user(place, dict(modules)) for place in target.places if not runs_forward(place.layer)]
+        target.users = [user for user in users if user is not None]
     return targets
+
+
+def runs_forward(layer: nn.Module) -> bool:
+    """Whether the layer's own forward is called when its parameters are used, as far as its type tells.
+
+    nn.MultiheadAttention uses the parameters of its out_proj, which is of this type, itself; and a ParameterList has no
+    forward at all.
+    """
+    has_forward = type(layer).forward is not nn.Module.forward or "forward" in vars(layer)
+    return has_forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def _user(place: Place, modules: dict[str, nn.Module]) -> Place | None:
+    """The parameter as seen from the next module above that runs its forward."""
+    name = place.layer_name
+    while name:
+        name = name.rpartition(".")[0]
+        if runs_forward(modules[name]):
+            below = place.layer_name[len(name) :].lstrip(".")
+            return Place(name, modules[name], f"{below}.{place.tensor_name}", place.owner, place.attribute)
+    return None
 
 
 def unwrapped_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -262,10 +287,10 @@ def _check_parameter(target: Target) -> None:
             f"{name} is frozen (requires_grad is False), so no penalty can move what it knows. Unfreeze it, or leave"
             f" the layer out with exclude=[{layer!r}]."
         )
-    if parameter.is_conj() or parameter.is_neg():
+    if parameter.is_conj():
         raise ValueError(
-            f"{name} is a lazily conjugated or negated view, which cannot be changed in place. Make it a parameter with"
-            " memory of its own: nn.Parameter(weight.resolve_conj().resolve_neg())."
+            f"{name} is a lazily conjugated view, which cannot be changed in place. Make it a parameter with memory of"
+            " its own: nn.Parameter(weight.resolve_conj())."
         )
     if parameter.layout is not torch.strided:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
-from .kernels import add_scaled_, clear_, materialised, squared_norms
+from .kernels import add_scaled_, clear_, squared_norms
 from .members import Members
 from .shards import is_sharded, local, local_offset, placed_like, reshard, sum_over_shards
 from .targets import unwrapped_parameters
@@ -61,7 +61,7 @@ class Ticket:
     def take(self, targets: list[Target], masks: Mapping[str, Mask]) -> None:
         """Begin to hold the targets, with these masks."""
         for target in targets:
-            for index, place in enumerate(target.places):
+            for index, place in enumerate([*target.places, *target.users]):
                 self.add(Hold(self, target.name, place, masks[target.name], primary=index == 0))
 
     def add(self, hold: Hold) -> None:
@@ -205,8 +205,8 @@ class Ticket:
             else:
                 if is_sharded(grad):
                     grad = parameter.grad = placed_like(grad, parameter)
-                if grad.is_conj() or grad.is_neg():
-                    grad = parameter.grad = materialised(grad)
+                if grad.is_conj():
+                    grad = parameter.grad = grad.resolve_conj()
                 todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
         if penalised or carries:
