@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import TYPE_CHECKING
 
@@ -52,19 +51,19 @@ INPUT_SHAPES: dict[Callable[[], nn.Module], tuple[int, ...]] = {
 }
 
 
-def make(build: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The model with seeded weights."""
+def make(build: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype | None = torch.float64) -> nn.Module:
+    """The model with seeded weights; without a dtype, those that it is built with."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build().to(dtype)
+        model = build()
+    return model if dtype is None else model.to(dtype)
 
 
 def twins(
-    build: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64
+    build: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype | None = torch.float64
 ) -> tuple[nn.Module, nn.Module]:
-    """Two models with the same weights."""
-    model = make(build, seed, dtype)
-    return model, copy.deepcopy(model)
+    """Two models with the same weights. Built twice: torch copies no module with an old-style weight_norm."""
+    return make(build, seed, dtype), make(build, seed, dtype)
 
 
 def batch(
@@ -83,10 +82,16 @@ def loss_of(model: nn.Module, index: int, shape: tuple[int, ...], dtype: torch.d
 
 def assert_same(a: nn.Module, b: nn.Module, tolerance: float = 1e-12) -> None:
     """All parameters and buffers agree, relative to the largest value of each tensor."""
-    theirs = dict(b.state_dict())
-    for name, mine in a.state_dict().items():
-        scale = max(float(theirs[name].abs().max()), 1e-300) if theirs[name].numel() else 1.0
-        error = float((mine.double() - theirs[name].double()).abs().max()) / scale if mine.numel() else 0.0
+    assert_same_states(a.state_dict(), b.state_dict(), tolerance)
+
+
+def assert_same_states(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """All tensors agree, relative to the largest value of each."""
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        scale = max(float(theirs[name].abs().max()), 1e-300) if value.numel() else 1.0
+        error = float((value.to(wide) - theirs[name].to(wide)).abs().max()) / scale if value.numel() else 0.0
         assert error <= tolerance, f"{name} differs by {error:.2e} relative"
 
 

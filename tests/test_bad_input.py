@@ -93,7 +93,7 @@ def weight_normed_as_a_whole() -> nn.Module:
 
 def held() -> nn.Module:
     model = plain()
-    model.body.scheduler = RSTScheduler(model.body, 0.5, seed=0)
+    model.first.scheduler = RSTScheduler(model.body, 0.5, seed=0)  # kept alive, and not by a cycle
     return model
 
 
