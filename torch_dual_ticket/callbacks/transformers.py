@@ -1,0 +1,140 @@
+"""Random tickets in the ``Trainer`` of Hugging Face Transformers."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..scheduler import RSTScheduler
+from .budget import check_settings, fitted, warn_if_unfinished
+
+if find_spec("transformers") is None:
+    raise ImportError("torch_dual_ticket.callbacks.transformers needs Transformers: pip install 'transformers[torch]'")
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from ..report import Report
+
+
+class RSTCallback(TrainerCallback, ExportableState):
+    """Transform a random ticket while the first part of a training runs, then set it to zero and finetune.
+
+    Give it to the ``Trainer``. λ rises with each update, so gradient accumulation and skipped steps of mixed precision
+    need nothing. ``trainer_state.json`` in each checkpoint holds the state of the schedule: resume with
+    ``resume_from_checkpoint``.
+
+    ``rst/penalty``, ``rst/residual`` and ``rst/sparsity`` stand beside each training loss that is logged: in the
+    progress bar and in ``trainer.state.log_history``. To reach TensorBoard and its like, the callback must come before
+    theirs: ``trainer.callback_handler.callbacks.insert(0, ticket)`` in the place of ``callbacks=[ticket]``.
+
+    With ``load_best_model_at_end`` the best weights can be ones from before the masked weights were set to zero; they
+    are masked then, but not finetuned. Start evaluating after that (``eval_delay``) if you use it.
+
+    Args:
+        sparsity: as for :class:`~torch_dual_ticket.RSTScheduler`.
+        finalize_at: the fraction of the trainer's updates at which the masked weights are set to zero, and over which λ
+            rises. None: 0.5, or when the schedule is over if ``steps`` is given.
+        settings: the other arguments of :class:`~torch_dual_ticket.RSTScheduler`: ``exclude``, ``pattern``, ``seed``, …
+
+    Attributes:
+        scheduler: the :class:`~torch_dual_ticket.RSTScheduler` on the model; None before the training starts.
+        report: what :meth:`~torch_dual_ticket.RSTScheduler.finalize` returned; None before.
+
+    Raises:
+        TypeError, ValueError: arguments that cannot be used; those that depend on the model, when the training starts.
+
+    Example:
+        >>> from torch_dual_ticket.callbacks.transformers import RSTCallback
+        >>> ticket = RSTCallback(sparsity=0.9, finalize_at=0.5, exclude=["*embeddings*", "classifier"])
+        >>> # Trainer(model, arguments, train_dataset=data, callbacks=[ticket]).train()
+    """
+
+    def __init__(
+        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
+    ) -> None:
+        check_settings(finalize_at, {"sparsity": sparsity, **settings})
+        self.scheduler: RSTScheduler | None = None
+        self.report: Report | None = None
+        self._finalize_at = finalize_at
+        self._settings = {"sparsity": sparsity, **settings}
+        self._model: nn.Module | None = None
+        self._carried = 0.0  # λ of the last update
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **unused: Any
+    ) -> None:
+        if self._model is not model:
+            settings = fitted(state.max_steps, self._finalize_at, self._settings)
+            self.scheduler, self.report = RSTScheduler(model, **settings), None
+            self._model = model
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        saved = saved["attributes"]["saved_scheduler"]
+        if state.global_step > 0 and saved is not None:  # else nothing is resumed
+            self._scheduler().load_state_dict(saved)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        rst = self._scheduler()
+        self._carried = rst.penalty
+        rst.step()
+        if rst.done and rst.phase == "transform":
+            self.report = rst.finalize()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, float],
+        **unused: Any,
+    ) -> None:
+        if "loss" in logs:  # not those of an evaluation, or of the end
+            rst = self._scheduler()
+            seen = {"rst/penalty": self._carried, "rst/residual": rst.residual(), "rst/sparsity": rst.sparsity}
+            logs.update(seen)
+            state.log_history[-1].update(seen)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **unused: Any
+    ) -> None:
+        rst = self._scheduler()
+        warn_if_unfinished(rst)
+        if rst.phase == "finetune":
+            rst.apply_masks(model)  # load_best_model_at_end may just have put other weights there
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into ``trainer_state.json``."""
+        arguments = {**self._settings, "finalize_at": self._finalize_at}
+        return {
+            "args": {name: value for name, value in arguments.items() if _is_json(value)},
+            "attributes": {"saved_scheduler": None if self.scheduler is None else self.scheduler.state_dict()},
+        }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        lost = [name for name, value in self._settings.items() if not _is_json(value)]
+        if lost and args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                f"restore_callback_states_from_checkpoint=True would make this RSTCallback anew without its"
+                f" {', '.join(lost)}, which no JSON file can hold. Leave it off: the ticket resumes without it."
+            )
+
+    def _scheduler(self) -> RSTScheduler:
+        if self.scheduler is None:
+            raise RuntimeError("this RSTCallback joined a training that had started: give it to the Trainer")
+        return self.scheduler
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
