@@ -1,27 +1,18 @@
 """The examples run, end with what they promise, and give every method the same number of updates."""
 
-import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+import quickstart
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
-
-@pytest.fixture
-def quickstart(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+@pytest.fixture(autouse=True)
+def _narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    import quickstart
-
-    yield quickstart
-    for name in ("quickstart", "quickstart_data", "quickstart_report"):
-        sys.modules.pop(name)
 
 
 @pytest.fixture
@@ -39,16 +30,16 @@ def updates():
     handle.remove()
 
 
-def run(quickstart, *arguments):
+def run(*arguments):
     with warnings.catch_warnings():
         # A transformation as short as these leaves more than 1 % of the norm, and finalize() says so.
         warnings.filterwarnings("ignore", message="the masked weights still held")
         return quickstart.main([str(argument) for argument in arguments])
 
 
-def test_quickstart_ends_with_table_and_picture(quickstart, updates, tmp_path, capsys):
+def test_quickstart_ends_with_table_and_picture(updates, tmp_path, capsys):
     picture = tmp_path / "picture.png"
-    runs = run(quickstart, "--epochs", 2, "--seeds", 2, "--sparsity", 0.5, 0.75, "--out", picture)
+    runs = run("--epochs", 2, "--seeds", 2, "--sparsity", 0.5, 0.75, "--out", picture)
 
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -71,7 +62,7 @@ def test_quickstart_ends_with_table_and_picture(quickstart, updates, tmp_path, c
     assert all(0 < run.accuracy <= 100 for run in runs)
 
 
-def test_quickstart_tickets_share_weights_batches_and_mask(quickstart, tmp_path, monkeypatch):
+def test_quickstart_tickets_share_weights_batches_and_mask(tmp_path, monkeypatch):
     starts, zeros = {}, {}
     train = quickstart.Trainer.train
 
@@ -83,7 +74,7 @@ def test_quickstart_tickets_share_weights_batches_and_mask(quickstart, tmp_path,
         zeros[run.method] = model[0].weight == 0
 
     monkeypatch.setattr(quickstart.Trainer, "train", spy)
-    run(quickstart, "--epochs", 2, "--seeds", 1, "--sparsity", 0.75, "--out", tmp_path / "picture.png")
+    run("--epochs", 2, "--seeds", 1, "--sparsity", 0.75, "--out", tmp_path / "picture.png")
     assert torch.equal(starts["random RST"], starts["dense"])
     assert torch.equal(starts["random scratch"], starts["dense"] * ~zeros["random RST"])
     for method in ("random scratch", "random RST"):
@@ -93,7 +84,7 @@ def test_quickstart_tickets_share_weights_batches_and_mask(quickstart, tmp_path,
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".csv"])
-def test_quickstart_reads_data_of_ones_own(quickstart, tmp_path, suffix):
+def test_quickstart_reads_data_of_ones_own(tmp_path, suffix):
     generator = np.random.default_rng(0)
     y = np.repeat(["no", "yes"], 50)
     x = generator.normal(size=(100, 3)) + 4 * (y == "yes")[:, None]
@@ -103,7 +94,7 @@ def test_quickstart_reads_data_of_ones_own(quickstart, tmp_path, suffix):
     else:
         lines = [",".join([*map(str, row), label]) for row, label in zip(x, y, strict=True)]
         path.write_text("\n".join(["a,b,c,label", *lines]))
-    runs = run(quickstart, "--data", path, "--epochs", 20, "--seeds", 1, "--sparsity", 0.5, "--out", tmp_path / "p.png")
+    runs = run("--data", path, "--epochs", 20, "--seeds", 1, "--sparsity", 0.5, "--out", tmp_path / "p.png")
     assert runs[0].accuracy == 100
 
 
@@ -118,7 +109,7 @@ def test_quickstart_reads_data_of_ones_own(quickstart, tmp_path, suffix):
         (["--out", "nowhere/picture.png"], "no such folder"),
     ],
 )
-def test_quickstart_says_what_is_wrong_with_its_arguments(quickstart, capsys, arguments, message):
+def test_quickstart_says_what_is_wrong_with_its_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit):
         quickstart.main(arguments)
     assert message in capsys.readouterr().err

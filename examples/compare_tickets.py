@@ -1,0 +1,303 @@
+"""The paper's comparison as one command: train sparse networks by several methods, on the same budget.
+
+methods (names as in the tables):
+  dense               nothing is pruned
+  scratch             a random ticket, trained from initialisation
+  scratch-ERK         the same, with more weights kept in small layers (Erdős–Rényi-Kernel)
+  L1                  train, remove the smallest weights, finetune
+  LTH                 lottery ticket: train, remove the smallest weights, rewind to initialisation, train
+  LTH-iter            the same in several rounds
+  random-after-dense  train, mask at random, finetune: RST without its penalty
+  RST                 train under a growing penalty on the weights of a random mask, mask, finetune
+  RST-iter            the same in several cycles, with nested masks
+
+What is kept equal: the total number of updates, the initial weights and the order of the batches of a seed, which
+layers stay dense, the optimizer, and how many learning rates a method may try. The rate of the dense stretches is the
+best one for the dense network; the rate of the last stretch is chosen for each method and sparsity. Both are chosen on
+the validation part, with seeds of their own. The test part is looked at once in a run, after its last update.
+
+Every finished run is a line in OUT/records.jsonl. The same command again makes only the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from comparison.cells import Cell
+from comparison.data import DATA
+from comparison.engines import choose
+from comparison.methods import BY_MAGNITUDE, ITERATIVE, METHODS, PENALISED, SEARCHES
+from comparison.models import MODELS
+from comparison.progress import ProgressBar
+from comparison.records import Records
+from comparison.report import Report
+from comparison.training import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
+
+
+@dataclass
+class Comparison:
+    """Which runs there are, and what is known of them."""
+
+    options: argparse.Namespace
+    records: Records
+    progress: ProgressBar
+
+    def cells(self) -> list[Cell]:
+        """One for each row of the table; learning rates and seeds come later."""
+        o = self.options
+        rows: list[Cell] = []
+        for method in o.methods:
+            row = Cell(
+                data=o.data,
+                model=o.model,
+                method=method,
+                seed=0,
+                updates=o.updates,
+                batch=o.batch,
+                dense_rate=0.0,
+                rate=0.0,
+                search=o.search if method in SEARCHES else 0.0,
+                cycles=o.cycles if method in ITERATIVE else 1,
+                magnitude=o.magnitude if method in BY_MAGNITUDE else "",
+                autocast=o.autocast,
+                compile=o.compile,
+                ranks=dist.get_world_size() if dist.is_initialized() else 1,
+            )
+            if method == "dense":
+                rows.append(row)
+                continue
+            variants = [row]
+            if method in PENALISED:
+                pairs = [(schedule, ceiling) for schedule in o.schedules for ceiling in o.max_penalties]
+                variants = [replace(row, schedule=s, max_penalty=ceiling, hold=o.hold) for s, ceiling in pairs]
+            rows += [replace(variant, sparsity=sparsity) for sparsity in o.sparsity for variant in variants]
+        return rows
+
+    def run(self) -> dict[Cell, dict[str, Any]]:
+        """Make what is missing; the results of all final runs."""
+        rows = self.cells()
+        dense = next((row for row in rows if row.method == "dense"), None)
+        if dense is None and any(row.method in SEARCHES for row in rows):
+            dense = replace(rows[0], method="dense", sparsity=0.0, search=0.0, cycles=1, magnitude="")
+            dense = replace(dense, schedule="", max_penalty=0.0, hold=0.0)
+        others = [row for row in rows if row.method != "dense"]
+        rates, seeds = self.options.rates, self.options.seeds
+        trials = len(rates) * self.options.tuning_seeds if len(rates) > 1 else 0
+        runs = (len(others) + bool(dense)) * trials + len(rows) * seeds
+        self.progress.start(runs * self.options.updates)
+
+        chosen = self.choose_rates([dense] if dense else [])
+        if dense:
+            best = chosen[dense].rate
+            others = [replace(row, dense_rate=best if row.method in SEARCHES else 0.0) for row in others]
+        chosen = {row: chosen[row] for row in rows if row in chosen} | self.choose_rates(others)
+        return self.make(replace(cell, seed=seed) for cell in chosen.values() for seed in range(seeds))
+
+    def choose_rates(self, rows: list[Cell]) -> dict[Cell, Cell]:
+        """Each row with the learning rate that has the best mean accuracy on the validation part."""
+        rates = self.options.rates
+        if len(rates) == 1:
+            return {row: replace(row, rate=rates[0]) for row in rows}
+        seeds = range(TUNING_SEED, TUNING_SEED + self.options.tuning_seeds)
+        trials = {
+            (row, rate): [replace(row, rate=rate, seed=seed, tuning=True) for seed in seeds]
+            for row in rows
+            for rate in rates
+        }
+        results = self.make(cell for cells in trials.values() for cell in cells)
+
+        def mean_accuracy(row: Cell, rate: float) -> float:
+            return sum(results[cell]["validation"] for cell in trials[row, rate])
+
+        return {row: replace(row, rate=max(rates, key=lambda rate, row=row: mean_accuracy(row, rate))) for row in rows}
+
+    def make(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+        """The results of these cells, of which only the missing ones are run."""
+        cells = list(cells)
+        missing = [cell for cell in cells if cell not in self.records.results]
+        self.progress.skip((len(cells) - len(missing)) * self.options.updates)
+        engine = choose(self.options.engine, self.options.jobs)
+        if missing:
+            for cell, result in engine(missing, self.options.data_dir, self.options.device, self.progress.advance):
+                self.records.add(cell, result)
+                self.progress.say(cell, result)
+        return {cell: self.records.results[cell] for cell in cells}
+
+
+def description(options: argparse.Namespace, command: list[str]) -> str:
+    data = load(options.data, options.data_dir, torch.device("cpu"))
+    sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
+    trials = f"{len(options.rates)} learning rates ({', '.join(f'{rate:g}' for rate in options.rates)})"
+    if len(options.rates) > 1:
+        trials += f", tried with {options.tuning_seeds} seed(s) of their own on the validation part"
+    return f"""# {options.model} on {options.data}
+
+    {shlex.join(command)}
+
+- Budget: {options.updates:,} updates of batch {options.batch} for every run; methods that search for a ticket spend
+  {options.search:.0%} of them on that. Each method and sparsity: {trials}.
+- Data: {sizes}.
+- Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
+- RST: the penalty stays at its ceiling for the last {options.hold:.0%} of a cycle. Residual: the share of the norm that
+  the masked weights still held when they were set to zero.
+- Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and "− LTH" are
+  differences between runs of one seed at one sparsity, with the interval of their mean.
+- Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
+  brackets: relative to dense training.
+- Sparsity is that of the layers that are pruned. Rate: learning rate of the last stretch of training.
+- Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
+  compile {"on" if options.compile else "off"}.
+
+"""
+
+
+MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example, with the images of Debian's package dataset-fashion-mnist:\n"
+        "  python examples/compare_tickets.py --data fashion-mnist --model lenet-300-100 --jobs 2 --out results",
+    )
+    what = parser.add_argument_group("what is compared").add_argument
+    what("--data", choices=DATA, default="digits", help="default: digits, which come with scikit-learn")
+    text = "folder with the idx files (fashion-mnist) or with cifar-10-batches-bin (cifar10); for text, the file"
+    what("--data-dir", type=Path, metavar="PATH", help=text)
+    what("--model", choices=MODELS, default="lenet-300-100", help="default: lenet-300-100")
+    what("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="default: all of the above")
+    text = "fractions of weights to remove; default: 0.9 0.95 0.98"
+    what("--sparsity", nargs="+", type=between(0, 1), default=[0.9, 0.95, 0.98], metavar="S", help=text)
+    what("--seeds", type=at_least(1), default=3, metavar="N", help="runs per method and sparsity; default: 3")
+
+    budget = parser.add_argument_group("what every run may spend").add_argument
+    budget("--updates", type=at_least(20), default=8000, metavar="N", help="in total, for every method; default: 8000")
+    budget("--batch", type=at_least(1), default=64, metavar="N", help="examples per update; default: 64")
+    text = "part of the updates that methods spend on the search for a ticket, before they train it; default: 0.5"
+    budget("--search", type=between(0, 1), default=0.5, metavar="F", help=text)
+    text = "learning rates that each method may choose from; default: three, by model"
+    budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
+    text = "runs, with seeds of their own, that try each learning rate; default: 1"
+    budget("--tuning-seeds", type=at_least(1), default=1, metavar="N", help=text)
+
+    how = parser.add_argument_group("how the methods work").add_argument
+    text = "cycles of RST-iter and rounds of LTH-iter; default: 3"
+    how("--cycles", type=at_least(1), default=3, metavar="N", help=text)
+    text = "where L1 and LTH compare magnitudes: within each layer, or across all; default: uniform"
+    how("--magnitude", choices=MAGNITUDES, default="uniform", help=text)
+    text = "growth of RST's penalty: linear, quadratic, cubic; several make a row each; default: linear"
+    how("--schedules", nargs="+", choices=("linear", "quadratic", "cubic"), default=["linear"], metavar="S", help=text)
+    text = "ceiling of RST's penalty; several make a row each; default: 1"
+    how("--max-penalties", nargs="+", type=above_zero, default=[1.0], metavar="L", help=text)
+    text = "part of a cycle in which the penalty stays at its ceiling; default: 0.2"
+    how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
+
+    where = parser.add_argument_group("where and how it runs").add_argument
+    text = "folder for records, table and picture; default: comparison-results"
+    where("--out", type=Path, default=Path("comparison-results"), metavar="DIR", help=text)
+    where("--device", type=torch.device, default=torch.device("cpu"), help='such as "cuda"; default: cpu')
+    where("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time, a process each; default: 1")
+    text = "local, or ray for the machines of a Ray cluster (pip install 'torch-dual-ticket[ray]'); default: local"
+    where("--engine", choices=("local", "ray"), default="local", help=text)
+    text = "mixed precision: bfloat16, float16 or off; default: off"
+    where("--autocast", choices=("off", "bfloat16", "float16"), default="off", help=text)
+    where("--compile", action="store_true", help="run the model through torch.compile")
+    return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not low < float(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
+        return float(text)
+
+    return number
+
+
+def above_zero(text: str) -> float:
+    return between(0, float("inf"))(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    recipe = MODELS[options.model]
+    options.rates = sorted(set(options.rates or recipe.rates))
+    for name in ("methods", "sparsity", "schedules", "max_penalties"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if (recipe.reads == "text") != (options.data == "text"):
+        parser.error(f"--model {options.model} reads {recipe.reads}, --data {options.data} is something else")
+    if ranks > 1 and (options.jobs > 1 or options.engine != "local"):
+        parser.error("under torchrun all ranks train one model together: leave out --jobs and --engine")
+    if options.engine == "ray" and importlib.util.find_spec("ray") is None:
+        parser.error("--engine ray needs Ray: pip install 'torch-dual-ticket[ray]'")
+    if options.batch % ranks:
+        parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
+    if round(options.search * options.updates) < 5 * options.cycles:
+        parser.error(f"--updates {options.updates} leave too few for a search in {options.cycles} cycles")
+    try:
+        torch.empty(0, device=options.device)
+        load(options.data, options.data_dir, torch.device("cpu"))
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    command = ["python", "examples/compare_tickets.py", *(sys.argv[1:] if argv is None else argv)]
+    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_distributed:
+        if options.device.type == "cuda":
+            options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(options.device)
+        dist.init_process_group("nccl" if options.device.type == "cuda" else "gloo")
+    is_first = not is_distributed or dist.get_rank() == 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = Records(options.out / "records.jsonl", writes=is_first)
+    if is_distributed:
+        known = [records.results]
+        dist.broadcast_object_list(known, src=0)
+        records.results = known[0]
+    with ProgressBar(quiet=not is_first) as progress:
+        results = Comparison(options, records, progress).run()
+        if is_first:
+            report = Report(results)
+            text = description(options, command) + report.markdown()
+            (options.out / "table.md").write_text(text, encoding="utf-8")
+            report.write_csv(options.out / "table.csv")
+            report.draw(options.out / "picture.png")
+            progress.console.print(report.markdown(), soft_wrap=True, highlight=False, markup=False)
+            progress.console.print(f"table.md, table.csv, picture.png and records.jsonl are in {options.out}")
+    if is_distributed:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of ``compare_tickets.py``: data, models, methods, and the keeping and reporting of results."""

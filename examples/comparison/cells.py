@@ -1,0 +1,35 @@
+"""A cell of the comparison: everything that decides the outcome of one training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. Equal cells give equal results on one machine, so a finished one is never run again."""
+
+    data: str
+    model: str
+    method: str
+    seed: int
+    updates: int  # in total: the same for every method
+    batch: int
+    dense_rate: float  # learning rate of the stretches that look for a ticket, the best one for the dense network
+    rate: float  # learning rate of the last stretch: of the ticket itself
+    sparsity: float = 0.0
+    search: float = 0.0  # part of the updates that is spent before the ticket is trained
+    cycles: int = 1  # of iterative RST, and rounds of the iterative lottery ticket
+    magnitude: str = ""  # how magnitude pruning spreads the sparsity over the layers: "uniform" or "global"
+    schedule: str = ""  # of RST's penalty
+    max_penalty: float = 0.0
+    hold: float = 0.0  # part of a cycle in which the penalty stays at its ceiling
+    autocast: str = "off"
+    compile: bool = False
+    ranks: int = 1  # of DistributedDataParallel
+    tuning: bool = False  # a run that only helps to choose a learning rate; it does not see the test set
+
+    @property
+    def variant(self) -> str:
+        """What tells rows of one method apart where several penalties are compared."""
+        return f"{self.schedule}, λ≤{self.max_penalty:g}" if self.schedule else ""

@@ -1,0 +1,129 @@
+"""One run: an ordinary training loop, with whatever a method does between its stretches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from .data import DATA, Images, Text, accuracy
+from .flops import FlopCount
+from .methods import METHODS
+from .models import MODELS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from .cells import Cell
+
+WARM_UP = 0.05  # part of each stretch in which its learning rate rises; then it falls along a cosine
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@functools.lru_cache(maxsize=1)
+def load(name: str, folder: Path | None, device: torch.device) -> Images | Text:
+    return DATA[name](folder).to(device)
+
+
+class Job:
+    """What a method has in hand: a model, its budget, and the loop."""
+
+    def __init__(self, cell: Cell, data: Images | Text, device: torch.device, tick: Callable[[int], None]) -> None:
+        torch.manual_seed(cell.seed)
+        self.cell, self.data, self.device, self.tick = cell, data, device, tick
+        self.recipe = MODELS[cell.model]
+        self.model = self.recipe.build(data.example_shape, data.classes).to(device)
+        self.ticket: Any = None  # whatever has `masks` of what it holds at zero
+        self.residual: float | None = None
+        self.search = round(cell.search * cell.updates)
+        self.done = {"dense": 0, "sparse": 0}
+        self.training_flops = 0.0
+        self._flops = FlopCount(self.model, data.example())
+        self._forward: nn.Module = self.model
+        self._rank, self._ranks = 0, 1
+        if dist.is_initialized():
+            self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+            self._forward = nn.parallel.DistributedDataParallel(self.model)
+        if cell.compile:
+            torch.compiler.reset()  # every run has a model of its own, and only so many are kept
+            self._forward = torch.compile(self._forward)
+        self._batches = data.batches(cell.batch, cell.seed, self._rank, self._ranks)
+
+    @property
+    def left(self) -> int:
+        return self.cell.updates - sum(self.done.values())
+
+    @property
+    def same_mask(self) -> dict[str, Any]:
+        """With these, all random tickets of one seed and sparsity are one ticket."""
+        return {"exclude": self.recipe.dense_layers, "seed": self.cell.seed}
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """What is held at zero now: nothing while RST is in its transformation."""
+        return {} if self.ticket is None or getattr(self.ticket, "phase", "") == "transform" else self.ticket.masks
+
+    def train(self, updates: int, rate: float, after_update: Callable[[], None] | None = None) -> None:
+        """A stretch of training with an optimizer and a learning-rate schedule of its own."""
+        masks = dict(self.masks)
+        self.done["sparse" if masks else "dense"] += updates
+        self.training_flops += self._flops.training(updates, self.cell.batch, masks)
+        optimizer = self.recipe.optimizer(self.model.parameters(), rate)
+        half = DTYPES.get(self.cell.autocast)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
+        for update in range(updates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share_of_rate((update + 1) / (updates + 1))
+            x, y = next(self._batches)
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
+                logits = self._forward(x)
+            scaler.scale(F.cross_entropy(logits.float().flatten(0, -2), y.flatten())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if after_update is not None:
+                after_update()
+            if update % 50 == 49:
+                self.tick(50)
+        self.tick(updates % 50)
+
+
+def share_of_rate(progress: float) -> float:
+    return min(1.0, progress / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def run_cell(
+    cell: Cell, folder: Path | None, device: torch.device, tick: Callable[[int], None] = lambda updates: None
+) -> dict[str, Any]:
+    """Train and measure; the test set is looked at once, after the last update, and not at all in tuning runs."""
+    started = time.perf_counter()
+    data = load(cell.data, folder, device)
+    job = Job(cell, data, device, tick)
+    METHODS[cell.method](job)
+    assert job.left == 0
+    masks = dict(job.masks)
+    held = [int((~mask).sum()) for mask in masks.values()]
+    parameters = dict(job.model.named_parameters())
+    assert all(not parameters[name][~mask].any() for name, mask in masks.items())
+    return {
+        "validation": accuracy(job.model, data, "validation"),
+        "test": None if cell.tuning else accuracy(job.model, data, "test"),
+        "achieved_sparsity": sum(held) / max(1, sum(mask.numel() for mask in masks.values())),
+        "residual": job.residual,
+        "dense_updates": job.done["dense"],
+        "sparse_updates": job.done["sparse"],
+        "training_flops": job.training_flops,
+        "seconds": round(time.perf_counter() - started, 2),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }

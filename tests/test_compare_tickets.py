@@ -1,0 +1,432 @@
+"""The comparison: equal budgets, choices made on validation data, nothing finished is lost, honest statistics."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compare_tickets
+import numpy as np
+import pytest
+import torch
+from comparison import engines, training
+from comparison.cells import Cell
+from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip, fashion_mnist, read_idx
+from comparison.flops import FlopCount
+from comparison.methods import METHODS, PENALISED
+from comparison.models import MODELS
+from comparison.records import Records
+from comparison.report import Report
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CPU = torch.device("cpu")
+CELL = Cell(
+    data="digits",
+    model="lenet-300-100",
+    method="dense",
+    seed=0,
+    updates=40,
+    batch=16,
+    dense_rate=0.05,
+    rate=0.1,
+    sparsity=0.8,
+    search=0.5,
+    cycles=2,
+    magnitude="global",
+)
+PENALTY = {"schedule": "linear", "max_penalty": 1.0, "hold": 0.2}
+
+
+def cell(method, **changes):
+    fields = {"method": method, **(PENALTY if method in PENALISED else {}), **changes}
+    return Cell(**{**CELL.__dict__, **fields})
+
+
+def run_command(out, *arguments):
+    options = ["--updates", "40", "--seeds", "2", "--sparsity", "0.8", "--rates", "0.1", "--out", str(out)]
+    compare_tickets.main([*options, *map(str, arguments)])
+    return (out / "table.md").read_text().partition("\n\n")[2].partition("- Budget")[2]  # without the command
+
+
+# ---------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_the_same_number_of_updates(method, monkeypatch):
+    steps, parts = [], []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    monkeypatch.setattr(training, "accuracy", lambda *a: parts.append(a[-1]) or accuracy(*a))
+    try:
+        result = training.run_cell(cell(method), None, CPU)
+    finally:
+        handle.remove()
+    assert len(steps) == CELL.updates == result["dense_updates"] + result["sparse_updates"]
+    assert parts == ["validation", "test"]
+    assert result["achieved_sparsity"] == (0 if method == "dense" else pytest.approx(0.8, abs=1e-4))
+    assert (result["residual"] is not None) == (method in PENALISED)
+    if method not in ("dense", "scratch", "scratch-ERK", "LTH-iter"):
+        assert result["dense_updates"] == CELL.updates / 2
+
+
+def test_a_tuning_run_does_not_look_at_the_test_part(monkeypatch):
+    parts = []
+    monkeypatch.setattr(training, "accuracy", lambda *a: parts.append(a[-1]) or 50.0)
+    assert training.run_cell(cell("scratch", tuning=True), None, CPU)["test"] is None
+    assert parts == ["validation"]
+
+
+def test_runs_of_one_seed_share_initial_weights_batches_and_random_mask(monkeypatch):
+    starts, batches, masks = {}, {}, {}
+
+    class Spy(training.Job):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            starts[self.cell.method] = copy.deepcopy(self.model.state_dict())
+            source = self._batches
+            taken = batches[self.cell.method] = []
+            self._batches = (taken.append(batch) or batch for batch in source)
+
+        def train(self, *arguments, **keywords):
+            super().train(*arguments, **keywords)
+            masks[self.cell.method] = dict(self.masks)
+
+    monkeypatch.setattr(training, "Job", Spy)
+    for method in METHODS:
+        training.run_cell(cell(method), None, CPU)
+    for method in METHODS:
+        assert all(map(torch.equal, starts[method].values(), starts["dense"].values()))
+        assert len(batches[method]) == CELL.updates
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(batches[method], batches["dense"], strict=True))
+    for method in ("random-after-dense", "RST", "RST-iter"):
+        assert all(torch.equal(masks[method][name], mask) for name, mask in masks["scratch"].items())
+        assert list(masks[method]) == ["1.weight", "3.weight"]
+
+
+def test_a_run_is_reproducible():
+    first, second = (training.run_cell(cell("RST-iter"), None, CPU) for _ in range(2))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+def test_mixed_precision_trains(autocast):
+    result = training.run_cell(cell("RST", autocast=autocast), None, CPU)
+    assert result["achieved_sparsity"] == pytest.approx(0.8, abs=1e-4)
+    assert result["test"] > 30
+
+
+# ---------------------------------------------------------------------- models and data
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet20", 0.27e6), ("resnet32", 0.46e6), ("resnet56", 0.85e6)])
+def test_resnets_have_the_published_sizes(name, parameters):
+    model = MODELS[name].build((3, 32, 32), 10)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) + 1 == int(name.removeprefix("resnet"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_train_sparse(name):
+    recipe = MODELS[name]
+    x = torch.randn(2, 3, 16, 16) if recipe.reads == "images" else torch.randint(7, (2, 8))
+    model = recipe.build(tuple(x.shape[1:]), 7)
+    assert model(x).shape == ((2, 7) if recipe.reads == "images" else (2, 8, 7))
+    for layer in recipe.dense_layers:
+        assert model.get_submodule(layer).weight.dim() in (2, 4)
+    first = next(m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+    if isinstance(first, torch.nn.Conv2d):
+        assert first is model.get_submodule(recipe.dense_layers[0])
+
+
+def test_the_transformer_does_not_see_what_follows():
+    model = MODELS["char-transformer"].build((8,), 5).eval()
+    x = torch.randint(5, (1, 8))
+    later = x.clone()
+    later[0, 5:] = (later[0, 5:] + 1) % 5
+    torch.testing.assert_close(model(x)[0, :5], model(later)[0, :5])
+
+
+def test_digits_are_split_into_parts_that_do_not_overlap():
+    data = DATA["digits"](None)
+    assert data.sizes == {"validation": 270, "train": 1077, "test": 450}
+    seen = [{x.numpy().tobytes() for x in images} for images, _ in data.parts.values()]
+    assert not any(a & b for a, b in itertools.combinations(seen, 2))
+
+
+def test_batches_are_whole_and_shared_out_between_ranks():
+    data = DATA["digits"](None)
+    whole, *ranks = (data.batches(64, 0, *who) for who in ((), (0, 2), (1, 2)))
+    for _ in range(40):
+        x, y = next(whole)
+        assert len(x) == 64
+        parts = [next(rank) for rank in ranks]
+        assert torch.equal(torch.stack([part[0] for part in parts], 1).flatten(0, 1), x)
+        assert torch.equal(torch.stack([part[1] for part in parts], 1).flatten(), y)
+
+
+def test_augmentation_crops_and_flips():
+    images = torch.randn(3, 2, 5, 5)
+    offsets = torch.tensor([[4, 4], [0, 8], [3, 5]])
+    flips = torch.tensor([False, True, True])
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for made, image, (row, column), flip in zip(
+        crop_and_flip(images, offsets, flips), padded, offsets, flips, strict=True
+    ):
+        crop = image[:, row : row + 5, column : column + 5]
+        assert torch.equal(made, crop.flip(-1) if flip else crop)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_fashion_mnist_is_read_from_idx_files(tmp_path, ending):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 5020), ("t10k", 30)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            array = arrays[part, kind] = generator.integers(0, 10, shape, dtype=np.uint8)
+            content = bytes([0, 0, 8, array.ndim]) + np.array(shape, ">u4").tobytes() + array.tobytes()
+            path = tmp_path / f"{part}-{kind}-ubyte{ending}"
+            path.write_bytes(gzip.compress(content) if ending else content)
+    data = fashion_mnist(tmp_path)
+    assert data.sizes == {"validation": 5000, "train": 20, "test": 30}
+    assert np.array_equal(data.parts["test"][0][:, 0], arrays["t10k", "images-idx3"])
+    assert np.array_equal(data.parts["test"][1], arrays["t10k", "labels-idx1"])
+
+
+def test_what_is_no_idx_file_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="no idx file"):
+        read_idx(tmp_path / "file")
+
+
+def test_cifar10_is_read_from_its_binary_version(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
+        records = generator.integers(0, 256, (1010, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        records.tofile(folder / name)
+    data = cifar10(tmp_path)
+    assert data.sizes == {"validation": 5000, "train": 50, "test": 1010}
+    assert data.augment
+    assert np.array_equal(data.parts["test"][0].flatten(1), records[:, 1:])
+    assert np.array_equal(data.parts["test"][1], records[:, 0])
+
+
+def test_text_is_split_in_order_and_asks_for_the_next_character():
+    data = Text("hello there, " * 100)
+    assert sum(data.sizes.values()) == 1300
+    for x, y in (next(data.batches(4, 0)), next(data.evaluation_batches("validation"))):
+        assert torch.equal(x[:, 1:], y[:, :-1])
+    with pytest.raises(ValueError, match="too short"):
+        Text("short")
+
+
+def test_a_transformer_is_compared_on_text(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    run = cell("RST", data="text", model="char-transformer", rate=2e-3, dense_rate=2e-3, updates=20)
+    assert 0 < training.run_cell(run, path, CPU)["test"] <= 100
+
+
+def test_flops_are_those_counted_by_hand():
+    model = MODELS["lenet-300-100"].build((1, 28, 28), 10)
+    count = FlopCount(model, torch.zeros(1, 1, 28, 28))
+    layers = [784 * 300, 300 * 100, 100 * 10]
+    assert count.forward({}) == 2 * sum(layers)
+    masks = {"1.weight": torch.zeros(300, 784, dtype=torch.bool), "3.weight": torch.arange(30000).view(100, 300) < 3000}
+    assert count.forward(masks) == pytest.approx(2 * (3000 + 1000))
+    assert count.training(10, 64, {}) == 3 * 10 * 64 * count.forward({})
+
+    conv = MODELS["convnet"].build((3, 8, 8), 10)
+    count = FlopCount(conv, torch.zeros(1, 3, 8, 8))
+    half = torch.zeros(64, 32, 3, 3, dtype=torch.bool)
+    assert count.forward({}) - count.forward({"6.weight": half}) == 2 * 64 * 32 * 9 * 16
+
+
+# ---------------------------------------------------------------------- records and choices
+
+
+def test_a_line_that_was_being_written_is_dropped_and_what_is_broken_is_not_overlooked(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    records.add(cell("dense"), {"test": 1.0})
+    with path.open("a") as file:
+        file.write('{"cell": {"data": "dig')
+    records = Records(path)
+    assert list(records.results) == [cell("dense")]
+    records.add(cell("scratch"), {"test": 2.0})
+    assert Records(path).results == {cell("dense"): {"test": 1.0}, cell("scratch"): {"test": 2.0}}
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+    path.write_text("broken\n" + path.read_text())
+    with pytest.raises(ValueError, match="line 1"):
+        Records(path)
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_table(tmp_path, monkeypatch):
+    made = []
+
+    def interrupted(cell, *arguments):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(cell)
+        return training.run_cell(cell, *arguments)
+
+    arguments = ("--methods", "dense", "scratch", "RST", "--rates", "0.05", "0.1")
+    monkeypatch.setattr(engines, "run_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(tmp_path / "twice", *arguments)
+    first = made.copy()
+    made.clear()
+    monkeypatch.setattr(engines, "run_cell", lambda cell, *a: made.append(cell) or training.run_cell(cell, *a))
+    resumed = run_command(tmp_path / "twice", *arguments)
+    assert len(first) == 5
+    assert len(made) == 3 * 2 + 3 * 2 - 5
+    assert not set(first) & set(made)
+
+    assert run_command(tmp_path / "once", *arguments) == resumed
+    for name in ("table.csv", "picture.png"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+    made.clear()
+    assert run_command(tmp_path / "once", *arguments) == resumed
+    assert not made
+
+
+def test_learning_rates_are_chosen_on_validation_data_with_seeds_of_their_own(tmp_path, monkeypatch):
+    best = {"dense": 0.05, "scratch": 0.2, "LTH": 0.1}
+    made = []
+
+    def pretend(cell, *_):
+        made.append(cell)
+        result = training.run_cell(cell, None, CPU) if len(made) == 1 else dict(pretend.result)
+        pretend.result = result
+        good = cell.rate == best[cell.method]
+        test = None if cell.tuning else 1.0 if good else 99.0
+        return {**result, "validation": 90.0 if good else 80.0, "test": test}
+
+    monkeypatch.setattr(engines, "run_cell", pretend)
+    run_command(tmp_path, "--methods", *best, "--rates", "0.05", "0.1", "0.2", "--tuning-seeds", "2")
+    final = [cell for cell in made if not cell.tuning]
+    trials = [cell for cell in made if cell.tuning]
+    assert {cell.method: cell.rate for cell in final} == best
+    assert {cell.seed for cell in final} == {0, 1}
+    assert not {cell.seed for cell in trials} & {0, 1}
+    assert {m: sum(cell.method == m for cell in trials) for m in best} == dict.fromkeys(best, 3 * 2)
+    assert {cell.dense_rate for cell in made if cell.method == "LTH"} == {0.05}
+
+
+def test_several_penalties_make_a_row_each(tmp_path):
+    arguments = ("--methods", "scratch", "RST", "--schedules", "linear", "cubic", "--max-penalties", "1", "10")
+    table = run_command(tmp_path, *arguments)
+    labels = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| 80 %")]
+    variants = ["linear, λ≤1", "linear, λ≤10", "cubic, λ≤1", "cubic, λ≤10"]
+    assert labels == ["scratch", *(f"RST ({variant})" for variant in variants)]
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def test_means_intervals_and_paired_differences_are_those_by_hand(tmp_path):
+    tests = {
+        "dense": [90.0, 92.0, 94.0],
+        "scratch": [80.0, 84.0, 82.0],
+        "LTH": [83.0, 84.0, 85.0],
+        "RST": [84.0, 88.0, 89.0],
+    }
+    common = {"residual": None, "dense_updates": 20, "sparse_updates": 20, "training_flops": 5e9, "validation": 90.0}
+    results = {
+        cell(method, seed=seed, sparsity=0.0 if method == "dense" else 0.8): {
+            **common,
+            "test": test,
+            "achieved_sparsity": 0.8,
+            "residual": 0.25 if method == "RST" else None,
+        }
+        for method, values in tests.items()
+        for seed, test in enumerate(values)
+    }
+    report = Report(results)
+    cells = {line.split(" | ")[1]: line.split(" | ") for line in report.markdown().splitlines()[2:]}
+    # Student's t for 2 degrees of freedom is 4.3027; the differences of RST from scratch are 4, 4 and 7.
+    assert cells["dense"][2] == f"92.00 ± {4.3027 * 2 / math.sqrt(3):.2f}"
+    assert cells["RST"][3] == f"+5.00 ± {4.3027 * math.sqrt(3) / math.sqrt(3):.2f}"
+    assert cells["scratch"][4].startswith("−2.00 ± ")
+    assert cells["scratch"][3] == cells["dense"][3] == ""
+    assert cells["RST"][7] == "25.00%"
+
+    report.write_csv(tmp_path / "table.csv")
+    header, *rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()]
+    row = dict(zip(header, rows[-1], strict=True))
+    assert (row["method"], float(row["test_mean"]), float(row["minus_scratch_mean"])) == ("RST", 87.0, 5.0)
+    report.draw(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_seed_has_no_interval(tmp_path):
+    table = run_command(tmp_path, "--methods", "scratch", "--seeds", "1")
+    row = next(line for line in table.splitlines() if line.startswith("| 80 %"))
+    assert "±" not in row
+
+
+# ---------------------------------------------------------------------- engines and the command
+
+
+def test_several_processes_and_several_ranks_do_what_one_process_does(tmp_path):
+    methods = ("--methods", "LTH", "RST", "--seeds", "1")
+    run_command(tmp_path / "one", *methods)
+    run_command(tmp_path / "two", *methods, "--jobs", "2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "compare_tickets.py"), "--updates", "40", "--sparsity", "0.8", "--rates", "0.1"]
+    command += [*methods, "--out", str(tmp_path / "ranks")]
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two, ranks = (Records(tmp_path / name / "records.jsonl").results for name in ("one", "two", "ranks"))
+    assert one.keys() == two.keys()
+    assert all(result["test"] == two[cell]["test"] for cell, result in one.items())
+    assert len(ranks) == len(one)
+    for run, result in ranks.items():
+        alone = one[Cell(**{**run.__dict__, "ranks": 1})]
+        assert run.ranks == 2
+        # Sums are made in another order; a prediction or two of 450 may turn.
+        assert result["test"] == pytest.approx(alone["test"], abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "char-transformer"], "reads text"),
+        (["--data", "text", "--model", "char-transformer"], "needs a text file"),
+        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "apt-get install dataset-fashion-mnist"),
+        (["--sparsity", "90"], "between 0 and 1"),
+        (["--updates", "40", "--cycles", "5"], "too few"),
+        (["--methods", "magic"], "invalid choice"),
+        (["--engine", "ray"], "torch-dual-ticket[ray]"),
+    ],
+)
+def test_the_command_says_what_is_wrong(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        compare_tickets.main(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_images_are_scaled_by_the_training_part():
+    train = (torch.full((8, 1, 2, 2), 10, dtype=torch.uint8), torch.arange(8) % 2)
+    train[0][:, :, 0] = 20
+    data = Images(train, train, validation=2)
+    x, _ = next(data.evaluation_batches("test"))
+    assert x.mean() == pytest.approx(0, abs=1e-6)
+    assert (data.mean.item(), data.example_shape, data.classes) == (15.0, (1, 2, 2), 2)
