@@ -304,6 +304,7 @@ class RSTScheduler:
         arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
+        ticket.resume(pending, ever_carried=pending or ticks > 0)
         if phase == "finetune":
             if not ticket.enforcing:
                 self._report = self._measure_final_masks()
@@ -312,7 +313,6 @@ class RSTScheduler:
         if ticket.enforcing:
             ticket.relax()
         ticket.set_masks(self._plan.masks(self.seed, self._cycle))
-        ticket.update_pending = pending
         ticket.penalty = self._timeline.penalty(self._ticks)
 
     def _fingerprints(self, seed: int) -> dict[str, str]:

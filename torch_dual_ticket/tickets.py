@@ -161,6 +161,13 @@ class Ticket:
         self.update_pending = self.silenced = False
         self._carrying = None
 
+    def resume(self, pending: bool, *, ever_carried: bool) -> None:
+        """Go on from a saved state of the transformation: what was carried here before counts no more."""
+        self.update_pending, self.ever_carried, self.silenced = pending, ever_carried, False
+        self._carrying, self._found_infs = None, []
+        for hold in self.holds:
+            hold.carried, hold.version_at_tick = False, None
+
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
     def held_by(self, optimizer: Optimizer) -> Held:
@@ -209,8 +216,7 @@ class Ticket:
                     grad = parameter.grad = grad.resolve_conj()
                 todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
-        if penalised or carries:
-            self._carrying = id(optimizer)
+        self._carrying = id(optimizer) if penalised or carries else self._carrying
         if not penalised:
             return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling

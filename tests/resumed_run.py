@@ -1,0 +1,89 @@
+"""A training program that saves checkpoints and goes on from the last one; test_resume.py kills it.
+
+It imports no more than it needs: it is started many times.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from models import INPUT_SHAPES, finalize_quietly, loss_of, make, mlp
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+UPDATES = 100
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one shot": {"sparsity": 0.8, "steps": 20, "hold": 5},
+    "two cycles": {"sparsity": 0.8, "steps": 10, "hold": 5, "cycles": 2},
+}
+
+
+def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    if kind == "one shot":
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2)
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def main(folder: Path, kind: str, kill_after: int | None = None) -> None:
+    """Train to the end, or until so many function calls have been made, whatever is being done then."""
+    torch.set_num_threads(1)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    train(folder, kind, lambda: (folder / "calls at start").write_text(str(calls)))
+    sys.setprofile(None)
+    (folder / "calls").write_text(str(calls))
+
+
+def train(folder: Path, kind: str, at_start: Callable[[], object] = lambda: None) -> None:
+    path = folder / "checkpoint.pt"
+    checkpoint = torch.load(path) if path.exists() else None
+    # Another seed after a restart: that of the masks is in the scheduler's state.
+    torch.manual_seed(7 if checkpoint is None else os.getpid())
+    model = make(mlp)
+    optimizer = optimizer_of(kind, model)
+    rst = RSTScheduler(model, **SETTINGS[kind])
+    update, is_made = 0, False  # where we are in the data, and whether that update is made, though not ticked
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        rst.load_state_dict(checkpoint["rst"])
+        update, is_made = checkpoint["position"]
+
+    def save(name: str = "checkpoint.pt") -> None:
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rst": rst.state_dict()}
+        torch.save({**states, "position": (update, is_made)}, folder / "unfinished")
+        os.replace(folder / "unfinished", folder / name)
+
+    at_start()
+    while update < UPDATES:
+        if rst.done and rst.phase == "transform":
+            finalize_quietly(rst)
+        if not is_made:
+            optimizer.zero_grad()
+            loss_of(model, update, INPUT_SHAPES[mlp]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            is_made = True
+            if update % 5 == 1:
+                save()
+        rst.step()
+        update, is_made = update + 1, False
+        if update % 5 == 4:
+            save()
+    save("end.pt")

@@ -1,0 +1,139 @@
+"""Two models in two threads, a scheduler each, while others come and go: all as if one came after the other."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from models import INPUT_SHAPES, assert_same, cnn, finalize_quietly, loss_of, make, mlp
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LIVES = [(mlp, 1), (cnn, 2)]
+
+
+@pytest.fixture
+def _eager_switches() -> Iterator[None]:
+    """Threads that take turns after every few instructions."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def live(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A whole life of a ticket; the scheduler is dropped at its end."""
+    model = make(build, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+    rst = RSTScheduler(model, sparsity=0.7, steps=15, seed=seed)
+    for index in range(40):
+        if index == 20:
+            finalize_quietly(rst)
+        optimizer.zero_grad()
+        loss_of(model, index, INPUT_SHAPES[build]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rst.step()
+    for name, kept in rst.masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, kept)
+    return model
+
+
+def in_threads(*jobs: Callable[[], object]) -> list[object]:
+    """Run all at once; raises what any of them raised."""
+    results: list[object] = [None] * len(jobs)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = jobs[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.usefixtures("_eager_switches")
+def test_two_threads_with_a_scheduler_each_equal_the_sequential_result():
+    expected = [live(build, seed) for build, seed in LIVES]
+    trained = in_threads(*(lambda build=build, seed=seed: live(build, seed) for build, seed in LIVES))
+    for model, other in zip(trained, expected, strict=True):
+        assert_same(model, other, 0)
+
+
+@pytest.mark.usefixtures("_eager_switches")
+def test_schedulers_and_copies_come_and_go_in_other_threads():
+    expected = live(mlp, 1)
+    finalized = live(mlp, 5)
+    over = threading.Event()
+
+    def come_and_go() -> int:
+        count = 0
+        while not over.is_set():
+            model = make(mlp, count)
+            rst = RSTScheduler(model, sparsity=0.5, seed=count)
+            if count % 2:
+                rst.remove()
+            count += 1
+        return count
+
+    def copying() -> int:
+        count = 0
+        while not over.is_set():
+            duplicate = copy.deepcopy(finalized)
+            duplicate(torch.randn(2, 12, dtype=torch.float64))
+            count += 1
+        return count
+
+    def training() -> nn.Module:
+        try:
+            return live(mlp, 1)
+        finally:
+            over.set()
+
+    model, constructions, copies = in_threads(training, come_and_go, copying)
+    assert_same(model, expected, 0)
+    assert constructions
+    assert copies
+
+
+def test_an_update_while_a_copy_is_in_the_making():
+    """Another thread's optimizer asks all tickets for their parameters, also that of a half-made copy."""
+    finalized, elsewhere = live(mlp, 5), make(mlp)
+    optimizer = torch.optim.SGD(elsewhere.parameters(), lr=0.1)
+    updates = []
+
+    class StepsWhenCopied:
+        def __deepcopy__(self, memo: object) -> StepsWhenCopied:
+            loss_of(elsewhere, 0, INPUT_SHAPES[mlp]).backward()
+            optimizer.step()
+            updates.append(1)
+            return StepsWhenCopied()
+
+        def __call__(self, module: nn.Module, inputs: object) -> None: ...
+
+    for layer in finalized:
+        layer.register_forward_pre_hook(StepsWhenCopied())  # copied just after our hook, when the layer is empty
+    duplicate = copy.deepcopy(finalized)
+    assert len(updates) == 5
+    optimizer = torch.optim.SGD(duplicate.parameters(), lr=0.1, weight_decay=0.1)
+    loss_of(duplicate, 0, INPUT_SHAPES[mlp]).backward()
+    optimizer.step()
+    for name, value in finalized.named_parameters():
+        if name.endswith("weight"):
+            assert torch.equal(duplicate.get_parameter(name) == 0, value == 0)
