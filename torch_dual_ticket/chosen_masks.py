@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .targets import find_targets, unwrapped_modules, unwrapped_parameters
+from .targets import find_targets
+from .wrappers import unwrapped_modules, unwrapped_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -53,6 +53,36 @@ def local_offset(tensor: Tensor) -> tuple[int, ...] | None:
     return compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)[1]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of a DTensor, gathered. Collective for a DTensor: every rank must call it."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    gathered: Tensor = sharded.full_tensor()
+    return gathered
+
+
+def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every rank has, spread over the processes as the parameter is; the same object if that is whole."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter
+    size, offset = local(parameter).shape, local_offset(parameter)
+    assert offset is not None
+    part = tensor[tuple(slice(first, first + length) for first, length in zip(offset, size, strict=True))]
+    spread: Tensor = DTensor.from_local(
+        part.to(parameter.device),
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return spread
+
+
 def sum_over_shards(value: Tensor, tensor: Tensor) -> Tensor:
     """Add up a quantity that each process has computed on its shard of ``tensor``; replicas count once."""
     if not is_sharded(tensor):

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .wrappers import unwrapped_modules, unwrapped_parameters
 
+if TYPE_CHECKING:
     TargetType = type | tuple[type, str]
 
 DEFAULT_TARGETS: tuple[TargetType, ...] = (
@@ -35,16 +35,6 @@ _TARGETS_ARE = (
     "targets are module types, whose `weight` is taken, or pairs of a module type and a pattern of parameter names, as"
     " in targets=(nn.Linear, (nn.LSTM, 'weight_*'))"
 )
-
-# Wrappers that add a level to every name, by class name: importing some of the classes would take seconds.
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "AveragedModel": "module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-}
 
 
 @dataclass
@@ -176,27 +166,6 @@ def _user(place: Place, modules: dict[str, nn.Module]) -> Place | None:
             below = place.layer_name[len(name) :].lstrip(".")
             return Place(name, modules[name], f"{below}.{place.tensor_name}", place.owner, place.attribute)
     return None
-
-
-def unwrapped_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like ``named_modules(remove_duplicate=False)``, without the levels that DDP, torch.compile … put in."""
-    for base in type(model).__mro__:
-        child = _WRAPPERS.get(base.__name__)
-        if child is not None and child in model._modules:
-            yield from unwrapped_modules(model._modules[child], prefix)  # type: ignore[arg-type]
-            return
-    yield prefix, model
-    for name, module in model._modules.items():
-        if module is not None:
-            yield from unwrapped_modules(module, f"{prefix}.{name}" if prefix else name)
-
-
-def unwrapped_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Like ``named_parameters(remove_duplicate=False)``, without the levels that wrappers put into the names."""
-    for prefix, module in unwrapped_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield (f"{prefix}.{name}" if prefix else name), parameter
 
 
 def _check_type(entry: TargetType) -> tuple[type, str]:

@@ -15,7 +15,7 @@ from .hooks import groups_of, register, updated_by_outer_steps
 from .kernels import add_scaled_, clear_, squared_norms
 from .members import Members
 from .shards import is_sharded, local, local_offset, placed_like, reshard, sum_over_shards
-from .targets import unwrapped_parameters
+from .wrappers import unwrapped_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,64 @@
+"""Names of the unwrapped model: those that parameters had before DDP, torch.compile … put levels of their own in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+# Wrappers that add a level to every name, by class name: importing some of the classes would take seconds.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+def unwrapped_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Like ``named_modules(remove_duplicate=False)``, without the levels that DDP, torch.compile … put in."""
+    child = _wrapped_child(model)
+    if child is not None:
+        yield from unwrapped_modules(model._modules[child], prefix)  # type: ignore[arg-type]
+        return
+    yield prefix, model
+    for name, module in model._modules.items():
+        if module is not None:
+            yield from unwrapped_modules(module, f"{prefix}.{name}" if prefix else name)
+
+
+def unwrapped_name(model: nn.Module, key: str) -> str:
+    """A key of ``model.state_dict()`` without the levels of wrappers; some wrappers have taken theirs out already."""
+    kept = []
+    module: nn.Module | None = model
+    for part in key.split("."):
+        while module is not None and (child := _wrapped_child(module)) is not None:
+            module = module._modules[child]
+            if part == child:
+                break
+        else:
+            kept.append(part)
+            module = None if module is None else module._modules.get(part)
+    return ".".join(kept)
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """The name of the one child of a wrapper; None for other modules."""
+    for base in type(module).__mro__:
+        child = _WRAPPERS.get(base.__name__)
+        if child is not None and child in module._modules:
+            return child
+    return None
+
+
+def unwrapped_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Like ``named_parameters(remove_duplicate=False)``, without the levels that wrappers put into the names."""
+    for prefix, module in unwrapped_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{prefix}.{name}" if prefix else name), parameter
