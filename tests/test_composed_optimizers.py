@@ -133,15 +133,16 @@ def test_one_optimizer_for_each_parameter_stepping_in_the_backward_pass():
             optimizers[parameter].step()
             optimizers[parameter].zero_grad()
 
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(update)
-        return moments
+        return moments, [parameter.register_post_accumulate_grad_hook(update) for parameter in model.parameters()]
 
-    def train(model, side, moments):
+    def train(model, side, prepared):
+        moments, handles = prepared
         moments.append(side.before_update)
         for index in updates(side):
             loss_of(model, index, SHAPE).backward()
             side.after_update()
+        for handle in handles:  # the parameter has the hook, which has the parameter: no collector sees that cycle
+            handle.remove()
 
     assert_same_life(train, prepare=prepare)
 

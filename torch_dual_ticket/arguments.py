@@ -75,7 +75,7 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
             "this scheduler holds no layer: it was removed, or it is a copy made during the transformation. Build a new"
             " RSTScheduler on the model."
         )
-    if not (ticks or ticket.ever_carried):
+    if not (ticks or ticket.has_ever_carried()):
         raise RuntimeError(
             "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with an"
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"

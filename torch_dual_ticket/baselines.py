@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 from .arguments import check_directions, check_unheld
 from .chosen_masks import ChosenMask, find_masked
 from .magnitude import magnitude_masks, remove_smallest, rounds_of_counts
+from .mask_views import MaskView, apply_masks
 from .planning import make_plan
 from .schedules import check_integer
 from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
-from .tickets import MaskView, Ticket, apply_masks
+from .tickets import Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

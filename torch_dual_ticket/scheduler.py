@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments
+from . import arguments, mask_views
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
 from .report import measure, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
 from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
-from .tickets import MaskView, Ticket, apply_masks
+from .tickets import Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -244,7 +244,7 @@ class RSTScheduler:
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool tensor of the full shape, True = kept; of the current cycle. Drawn when asked for."""
-        return MaskView(self._masks(), self._ticket)
+        return mask_views.MaskView(self._masks(), self._ticket)
 
     @property
     def sparsity(self) -> float:
@@ -268,7 +268,7 @@ class RSTScheduler:
             TypeError: ``model`` is no module.
             ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
         """
-        apply_masks(model, self._masks())
+        mask_views.apply_masks(model, self._masks())
 
     def __repr__(self) -> str:
         cycles, ticks = self._timeline.cycles, self._timeline.ticks
@@ -300,7 +300,7 @@ class RSTScheduler:
         """
         ticks, pending, phase, seed = arguments.check_state(state)
         ticket = self._ticket
-        adopts = not (self._seed_is_given or self._ticks or ticket.ever_carried or ticket.enforcing)
+        adopts = not (self._seed_is_given or self._ticks or ticket.has_ever_carried() or ticket.enforcing)
         arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
-from .kernels import add_scaled_, clear_, squared_norms
+from .kernels import add_scaled_, squared_norms
 from .members import Members
-from .shards import is_sharded, local, local_offset, placed_like, reshard, sum_over_shards
-from .wrappers import unwrapped_parameters
+from .shards import is_sharded, local, placed_like, reshard, sum_over_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from .hooks import Held
     from .masks import Mask
     from .targets import Target
 
-_MARK = "_dual_ticket_penalised_at"  # the attribute of a gradient that says at which version it got the penalty
+_MARK = "_dual_ticket_penalised_at"  # the attribute of a gradient that says when it got the penalty
 _IDLE_TICKS = 100  # more than GradScaler ever skips at its start
 
 
@@ -42,11 +40,12 @@ class Ticket:
         self.by_hand = False  # the updates are not a torch.optim.Optimizer's: apply_penalty() has been called
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next tick
         self.update_pending = False
-        self.ever_carried = False
+        self._ever_carried = False
         self.optimizer: weakref.ref[Optimizer] | None = None
         self._members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
         self._carrying: int | None = None  # id of the optimizer whose step is about to carry the penalty
-        self._found_infs: list[Tensor] = []
+        self._found_inf: Tensor | None = None  # 0 if an update since the last tick was not skipped for infinities
+        self._round = 0  # ticks that had an update: it has used the gradients that it found
         self._idle_ticks = 0
         self._has_warned = False
         self._model: weakref.ref[nn.Module] | None = None
@@ -130,10 +129,14 @@ class Ticket:
 
     def has_pending_update(self) -> bool:
         """Whether an update carried the penalty since the last tick; one that was skipped for infinities did not."""
-        if not self.update_pending and self._found_infs:
-            self.update_pending = any(found_inf.item() == 0 for found_inf in self._found_infs)
-        self._found_infs.clear()
+        if self._found_inf is not None and not self.update_pending and self._found_inf.item() == 0:
+            self.update_pending = self._ever_carried = True
+        self._found_inf = None
         return self.update_pending
+
+    def has_ever_carried(self) -> bool:
+        """Whether any update carried the penalty."""
+        return self.has_pending_update() or self._ever_carried
 
     def tick(self) -> None:
         """Begin a new tick; warns, once, if the weights are changed by something that carries no penalty."""
@@ -148,7 +151,7 @@ class Ticket:
                     bypassed.append(hold.name)
                 hold.version_at_tick = version
             hold.carried = False
-        self._idle_ticks += not self.ever_carried
+        self._idle_ticks += not self._ever_carried
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
             self._has_warned = True
             what = f"{', '.join(bypassed[:3])} changed" if bypassed else f"step() was called {_IDLE_TICKS} times"
@@ -158,13 +161,16 @@ class Ticket:
                 "library). Call rst.apply_penalty() after backward(), before each such update.",
                 stacklevel=3,
             )
+        if self.update_pending and not self.by_hand:  # what is done by hand may come before the tick and the update
+            self._round += 1
         self.update_pending = self.silenced = False
         self._carrying = None
 
     def resume(self, pending: bool, *, ever_carried: bool) -> None:
         """Go on from a saved state of the transformation: what was carried here before counts no more."""
-        self.update_pending, self.ever_carried, self.silenced = pending, ever_carried, False
-        self._carrying, self._found_infs = None, []
+        self.update_pending, self._ever_carried, self.silenced = pending, ever_carried, False
+        self._carrying = self._found_inf = None
+        self._round += 1
         for hold in self.holds:
             hold.carried, hold.version_at_tick = False, None
 
@@ -192,7 +198,7 @@ class Ticket:
             grad = parameter.grad
             if grad is None:
                 continue
-            if grad.__dict__.get(_MARK) == local(grad)._version:
+            if grad.__dict__.get(_MARK) == (local(grad)._version, self._round):
                 hold.carried = carries = True
                 continue
             if hold.carried and in_step:
@@ -227,7 +233,7 @@ class Ticket:
                 add_scaled_(grads, weights, masks, factor if scale is None else scale * factor)
         # After all additions: views of one DDP bucket share a version.
         for grad in penalised:
-            grad.__dict__[_MARK] = local(grad)._version
+            grad.__dict__[_MARK] = (local(grad)._version, self._round)
         return True
 
     def note_update(self, optimizer: Optimizer) -> None:
@@ -235,12 +241,11 @@ class Ticket:
         if self._carrying != id(optimizer):
             return
         self._carrying = None
-        self.ever_carried = True
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler, likewise; reading it would synchronise
         if found_inf is None:
-            self.update_pending = True
+            self.update_pending = self._ever_carried = True
         else:
-            self._found_infs.append(found_inf)
+            self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
 
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
@@ -252,7 +257,7 @@ class Ticket:
                 hold.mask_gradient(parameter)
                 hold.zero(parameter)
         elif self.penalise([(hold, parameter, {}) for hold, parameter in everything.values()]):
-            self.update_pending = self.ever_carried = True
+            self.update_pending = self._ever_carried = True
         return any(parameter.grad is not None for _, parameter in everything.values())
 
     def penalty_of(self, held: Held) -> Tensor | float:
@@ -277,44 +282,3 @@ class Ticket:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)  # the holds of the copied layers add themselves
-
-
-def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
-    """Set the masked weights to zero in a model that nobody need hold."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
-    parameters = dict(unwrapped_parameters(model))
-    for name, mask in masks.items():
-        parameter = parameters.get(name)
-        if parameter is None or tuple(parameter.shape) != mask.shape:
-            what = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise ValueError(
-                f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what} in"
-                f" the given {type(model).__name__}"
-            )
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weight = local(parameters[name])
-            offset = local_offset(parameters[name])
-            kept = mask.draw(offset=offset, size=tuple(weight.shape), device=weight.device)
-            clear_(weight, kept.to(torch.uint8))
-
-
-class MaskView(Mapping[str, Tensor]):
-    """The masks by parameter name, each drawn when it is asked for."""
-
-    def __init__(self, masks: Mapping[str, Mask], ticket: Ticket) -> None:
-        self._masks = masks
-        self._ticket = ticket
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name].draw(device=self._ticket.device_of(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-    def __repr__(self) -> str:
-        return f"masks of {', '.join(self._masks)}"

@@ -1,0 +1,60 @@
+"""Masks as a user meets them: drawn by name, or applied to a model that nobody holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import clear_
+from .shards import local, local_offset
+from .wrappers import unwrapped_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .masks import Mask
+    from .tickets import Ticket
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
+    """Set the masked weights to zero in a model that nobody need hold."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
+    parameters = dict(unwrapped_parameters(model))
+    for name, mask in masks.items():
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) != mask.shape:
+            what = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what} in"
+                f" the given {type(model).__name__}"
+            )
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = local(parameters[name])
+            offset = local_offset(parameters[name])
+            kept = mask.draw(offset=offset, size=tuple(weight.shape), device=weight.device)
+            clear_(weight, kept.to(torch.uint8))
+
+
+class MaskView(Mapping[str, Tensor]):
+    """The masks by parameter name, each drawn when it is asked for."""
+
+    def __init__(self, masks: Mapping[str, Mask], ticket: Ticket) -> None:
+        self._masks = masks
+        self._ticket = ticket
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name].draw(device=self._ticket.device_of(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"masks of {', '.join(self._masks)}"
