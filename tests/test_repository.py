@@ -111,7 +111,7 @@ def test_core_needs_torch_alone():
 def test_ci_runs_the_test_command_of_the_readme():
     """.ci/run cuts the command out of the README; a stand-in for the shell's eval shows what it would run."""
     commands = "\n".join(code_blocks("sh")).splitlines()
-    (command,) = [line for line in commands if line.endswith("pytest")]
+    (command,) = [line for line in commands if line.endswith("pytest -n auto")]
     set_up, _, test = command.rpartition(" && ")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('eval "$1"', ":")
     shown = subprocess.run(
