@@ -409,6 +409,8 @@ def test_constructions_and_removals_leak_nothing(end):
 
 
 def test_a_thousand_tickets_are_gone():
+    gc.collect()  # what earlier tests have left in cycles
+    others = sum(ref() is not None for ref in hooks._tickets)
     seen: list[weakref.ref[object]] = []
     model = make(mlp)
     for _ in range(1000):
@@ -418,7 +420,7 @@ def test_a_thousand_tickets_are_gone():
         del rst
     assert all(ref() is None for ref in seen)
     assert pre_hooks(model) == 0
-    assert len(hooks._tickets) <= 1
+    assert len(hooks._tickets) <= others + 1
 
 
 @pytest.mark.parametrize("bystander", [False, True], ids=["alone", "another model's optimizer"])
