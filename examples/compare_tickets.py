@@ -21,30 +21,27 @@ Every finished run is a line in OUT/records.jsonl. The same command again makes 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import os
 import platform
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from comparison.cells import Cell
-from comparison.data import DATA
 from comparison.engines import choose
-from comparison.methods import BY_MAGNITUDE, ITERATIVE, METHODS, PENALISED, SEARCHES
-from comparison.models import MODELS
+from comparison.methods import BY_MAGNITUDE, ITERATIVE, PENALISED, SEARCHES
+from comparison.options import MAGNITUDES, parse
 from comparison.progress import ProgressBar
 from comparison.records import Records
 from comparison.report import Report
 from comparison.training import load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import argparse
+    from collections.abc import Iterable
 
 TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
 
@@ -153,8 +150,9 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
 - Data: {sizes}.
 - Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
-- RST: the penalty stays at its ceiling for the last {options.hold:.0%} of a cycle. Residual: the share of the norm that
-  the masked weights still held when they were set to zero.
+- RST: penalty {" and ".join(options.schedules)}, up to {" and ".join(f"{p:g}" for p in options.max_penalties)}, and at
+  its ceiling for the last {options.hold:.0%} of a cycle. Residual: the share of the norm that the masked weights still
+  held when they were set to zero.
 - Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and "− LTH" are
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
@@ -166,111 +164,8 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 """
 
 
-MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example, with the images of Debian's package dataset-fashion-mnist:\n"
-        "  python examples/compare_tickets.py --data fashion-mnist --model lenet-300-100 --jobs 2 --out results",
-    )
-    what = parser.add_argument_group("what is compared").add_argument
-    what("--data", choices=DATA, default="digits", help="default: digits, which come with scikit-learn")
-    text = "folder with the idx files (fashion-mnist) or with cifar-10-batches-bin (cifar10); for text, the file"
-    what("--data-dir", type=Path, metavar="PATH", help=text)
-    what("--model", choices=MODELS, default="lenet-300-100", help="default: lenet-300-100")
-    what("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="default: all of the above")
-    text = "fractions of weights to remove; default: 0.9 0.95 0.98"
-    what("--sparsity", nargs="+", type=between(0, 1), default=[0.9, 0.95, 0.98], metavar="S", help=text)
-    what("--seeds", type=at_least(1), default=3, metavar="N", help="runs per method and sparsity; default: 3")
-
-    budget = parser.add_argument_group("what every run may spend").add_argument
-    budget("--updates", type=at_least(20), default=8000, metavar="N", help="in total, for every method; default: 8000")
-    budget("--batch", type=at_least(1), default=64, metavar="N", help="examples per update; default: 64")
-    text = "part of the updates that methods spend on the search for a ticket, before they train it; default: 0.5"
-    budget("--search", type=between(0, 1), default=0.5, metavar="F", help=text)
-    text = "learning rates that each method may choose from; default: three, by model"
-    budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
-    text = "runs, with seeds of their own, that try each learning rate; default: 1"
-    budget("--tuning-seeds", type=at_least(1), default=1, metavar="N", help=text)
-
-    how = parser.add_argument_group("how the methods work").add_argument
-    text = "cycles of RST-iter and rounds of LTH-iter; default: 3"
-    how("--cycles", type=at_least(1), default=3, metavar="N", help=text)
-    text = "where L1 and LTH compare magnitudes: within each layer, or across all; default: uniform"
-    how("--magnitude", choices=MAGNITUDES, default="uniform", help=text)
-    text = "growth of RST's penalty: linear, quadratic, cubic; several make a row each; default: linear"
-    how("--schedules", nargs="+", choices=("linear", "quadratic", "cubic"), default=["linear"], metavar="S", help=text)
-    text = "ceiling of RST's penalty; several make a row each; default: 1"
-    how("--max-penalties", nargs="+", type=above_zero, default=[1.0], metavar="L", help=text)
-    text = "part of a cycle in which the penalty stays at its ceiling; default: 0.2"
-    how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
-
-    where = parser.add_argument_group("where and how it runs").add_argument
-    text = "folder for records, table and picture; default: comparison-results"
-    where("--out", type=Path, default=Path("comparison-results"), metavar="DIR", help=text)
-    where("--device", type=torch.device, default=torch.device("cpu"), help='such as "cuda"; default: cpu')
-    where("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time, a process each; default: 1")
-    text = "local, or ray for the machines of a Ray cluster (pip install 'torch-dual-ticket[ray]'); default: local"
-    where("--engine", choices=("local", "ray"), default="local", help=text)
-    text = "mixed precision: bfloat16, float16 or off; default: off"
-    where("--autocast", choices=("off", "bfloat16", "float16"), default="off", help=text)
-    where("--compile", action="store_true", help="run the model through torch.compile")
-    return parser
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
-def between(low: float, high: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not low < float(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
-        return float(text)
-
-    return number
-
-
-def above_zero(text: str) -> float:
-    return between(0, float("inf"))(text)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    recipe = MODELS[options.model]
-    options.rates = sorted(set(options.rates or recipe.rates))
-    for name in ("methods", "sparsity", "schedules", "max_penalties"):
-        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if (recipe.reads == "text") != (options.data == "text"):
-        parser.error(f"--model {options.model} reads {recipe.reads}, --data {options.data} is something else")
-    if ranks > 1 and (options.jobs > 1 or options.engine != "local"):
-        parser.error("under torchrun all ranks train one model together: leave out --jobs and --engine")
-    if options.engine == "ray" and importlib.util.find_spec("ray") is None:
-        parser.error("--engine ray needs Ray: pip install 'torch-dual-ticket[ray]'")
-    if options.batch % ranks:
-        parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
-    if round(options.search * options.updates) < 5 * options.cycles:
-        parser.error(f"--updates {options.updates} leave too few for a search in {options.cycles} cycles")
-    try:
-        torch.empty(0, device=options.device)
-        load(options.data, options.data_dir, torch.device("cpu"))
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        parser.error(str(error))
-    return options
-
-
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = parse(__doc__, argv)
     command = ["python", "examples/compare_tickets.py", *(sys.argv[1:] if argv is None else argv)]
     is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_distributed:

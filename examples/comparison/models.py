@@ -131,11 +131,11 @@ class Recipe:
 
 
 MODELS = {
-    "lenet-300-100": Recipe(LeNet300100, ("5",), sgd, (0.05, 0.1, 0.2), "images"),
-    "convnet": Recipe(SmallConvNet, ("0", "14"), sgd, (0.05, 0.1, 0.2), "images"),
+    "lenet-300-100": Recipe(LeNet300100, ("5",), sgd, (0.03, 0.1, 0.3), "images"),
+    "convnet": Recipe(SmallConvNet, ("0", "14"), sgd, (0.03, 0.1, 0.3), "images"),
     **{
-        f"resnet{depth}": Recipe(partial(ResNet, depth=depth), ("conv", "fc"), sgd, (0.05, 0.1, 0.2), "images")
+        f"resnet{depth}": Recipe(partial(ResNet, depth=depth), ("conv", "fc"), sgd, (0.03, 0.1, 0.3), "images")
         for depth in (20, 32, 56)
     },
-    "char-transformer": Recipe(CharTransformer, ("head",), adamw, (1e-3, 2e-3, 4e-3), "text"),
+    "char-transformer": Recipe(CharTransformer, ("head",), adamw, (3e-4, 1e-3, 3e-3), "text"),
 }
