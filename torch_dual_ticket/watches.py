@@ -26,7 +26,7 @@ class GradientWatch:
     def over(self, parameter: Tensor) -> None:
         """Mask the gradients of this parameter from now on, and the one that is there already, under ``no_grad``."""
         hold = self._hold()
-        if hold is None or not parameter.requires_grad:
+        if hold is None:
             return
         hooks = parameter._post_accumulate_grad_hooks
         if self._hook is not None and hooks and self._hook.id in hooks and self._watched == parameter._cdata:
@@ -35,7 +35,12 @@ class GradientWatch:
             return
         self.stop()
         hook = partial(_mask_gradient, self._hold)
+        is_frozen = not parameter.requires_grad
+        if is_frozen:  # it may thaw, and its first gradient be clipped; torch takes no hook before that
+            parameter.requires_grad_(True)
         self._hook = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        if is_frozen:
+            parameter.requires_grad_(False)
         # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
         self._watched = parameter._cdata

@@ -1,0 +1,203 @@
+"""Updates that no optimizer of torch makes: ``apply_penalty()``, and what is said where it was forgotten."""
+
+import pytest
+import torch
+from lives import assert_same_life, updates
+from models import INPUT_SHAPES, finalize_quietly, loss_of, make, mlp
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+
+SHAPE = INPUT_SHAPES[mlp]
+
+
+class Momentum:
+    """An optimizer of another library: torch does not know it."""
+
+    def __init__(self, parameters, lr=0.05, through_data=False):
+        self.parameters, self.lr, self.through_data = list(parameters), lr, through_data
+        self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self):
+        for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
+            if parameter.grad is not None:
+                velocity.mul_(0.9).add_(parameter.grad)
+                (parameter.data if self.through_data else parameter).sub_(velocity, alpha=self.lr)
+
+
+class MasterWeights:
+    """Updates a copy in another precision, and copies it back."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.masters = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
+        self.optimizer = torch.optim.SGD(self.masters, lr=0.05)
+
+    @torch.no_grad()
+    def step(self):
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = parameter.grad.clone()
+        self.optimizer.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.copy_(master)
+
+
+@pytest.mark.parametrize("through_data", [False, True], ids=["in-place", "through-data"])
+@pytest.mark.parametrize("place", ["tick-after", "tick-before"])
+def test_apply_penalty(place, through_data):
+    def train(model, side):
+        optimizer = Momentum(model.parameters(), through_data=through_data)
+        for index in updates(side):
+            model.zero_grad()
+            for part in range(2):
+                loss_of(model, 2 * index + part, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+                side.rst.apply_penalty()  # a second time does nothing
+                if place == "tick-before":
+                    side.tick()
+            optimizer.step()
+            side.updated()
+            if side.by_hand or place == "tick-after":
+                side.tick()
+        loss_of(model, 0, SHAPE)  # what the last update has moved is zero again at the next forward
+
+    assert_same_life(train)
+
+
+def test_apply_penalty_on_master_weights():
+    def train(model, side):
+        optimizer = MasterWeights(model.parameters())
+        for index in updates(side):
+            model.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+            optimizer.step()
+            side.after_update()
+            if side.by_hand and side.finalized:
+                loss_of(model, index, SHAPE)
+        loss_of(model, 0, SHAPE)
+
+    assert_same_life(train)
+
+
+@pytest.mark.parametrize("place", ["tick-after", "tick-before"])
+def test_apply_penalty_silences_the_optimizer(place):
+    """Called in a loop that has an optimizer of torch after all, the penalty comes once."""
+
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for index in updates(side):
+            optimizer.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+                if place == "tick-before":
+                    side.tick()
+            optimizer.step()
+            side.updated()
+            if side.by_hand or place == "tick-after":
+                side.tick()
+
+    assert_same_life(train)
+
+
+def test_by_hand_for_a_part_of_the_updates():
+    """A tick ends the silence: the next update by an optimizer of torch carries its penalty again."""
+
+    def train(model, side):
+        ours, theirs = torch.optim.SGD(model.parameters(), lr=0.05), Momentum(model.parameters())
+        for index in updates(side):
+            model.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if index % 3 == 0:
+                if not side.by_hand:
+                    side.rst.apply_penalty()
+                theirs.step()
+            else:
+                ours.step()
+            side.after_update()
+        loss_of(model, 0, SHAPE)
+
+    assert_same_life(train)
+
+
+def test_apply_penalty_without_a_gradient():
+    rst = RSTScheduler(make(mlp), sparsity=0.5)
+    with pytest.raises(RuntimeError, match=r"apply_penalty\(\) found no gradient .* after loss\.backward\(\)"):
+        rst.apply_penalty()
+
+
+FORGETFUL = {
+    "in-place": lambda model: Momentum(model.parameters()),
+    "master-weights": lambda model: MasterWeights(model.parameters()),
+}
+
+
+def train_forgetfully(model, optimizer, rst, count):
+    for index in range(count):
+        model.zero_grad()
+        loss_of(model, index, SHAPE).backward()
+        optimizer.step()
+        rst.step()
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_a_forgotten_penalty_is_noticed_at_once(name):
+    """At the second tick: the weights have changed, and no update carried the penalty."""
+    model = make(mlp)
+    optimizer = FORGETFUL[name](model)
+    rst = RSTScheduler(model, sparsity=0.5)
+    train_forgetfully(model, optimizer, rst, 1)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight.* changed, but no update carried.*rst\.apply_penalty\(\)"
+    ) as caught:
+        train_forgetfully(model, optimizer, rst, 1)
+    assert caught[0].filename == __file__
+    train_forgetfully(model, optimizer, rst, 1)  # it is said once
+    assert rst.progress == 0.0
+    with pytest.raises(RuntimeError, match=r"no update ever carried .* rst\.apply_penalty\(\)"):
+        rst.finalize()
+
+
+def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
+    """Through ``.data``, not even the versions of the weights change."""
+    model = make(mlp)
+    optimizer = Momentum(model.parameters(), through_data=True)
+    rst = RSTScheduler(model, sparsity=0.5)
+    with pytest.warns(UserWarning, match=r"step\(\) was called 100 times, but no update carried the penalty"):
+        train_forgetfully(model, optimizer, rst, 100)
+
+
+def test_a_layer_that_is_updated_elsewhere_is_noticed():
+    """One layer is in the hands of another library, the others in torch's."""
+    model = make(mlp)
+    ours, theirs = torch.optim.SGD(model[2:].parameters(), lr=0.05), Momentum(model[0].parameters())
+    rst = RSTScheduler(model, sparsity=0.5)
+
+    class Both:
+        def step(self):
+            ours.step()
+            theirs.step()
+
+    with pytest.warns(UserWarning, match=r"^0\.weight changed, but no update carried the penalty"):
+        train_forgetfully(model, Both(), rst, 3)
+
+
+def test_zeros_without_apply_penalty_in_finetuning():
+    """Where it is not called any more after ``finalize()``, each forward puts the zeros right all the same."""
+    model = make(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5, steps=2)
+    train_forgetfully(model, optimizer, rst, 3)
+    finalize_quietly(rst)
+    train_forgetfully(model, Momentum(model.parameters()), rst, 5)
+    loss_of(model, 0, SHAPE)
+    for name, kept in rst.masks.items():
+        assert (model.get_parameter(name)[~kept] == 0).all()
