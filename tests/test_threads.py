@@ -29,9 +29,12 @@ def _eager_switches() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-def live(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A whole life of a ticket; the scheduler is dropped at its end."""
-    model = make(build, seed)
+def live(build: Callable[[], nn.Module], seed: int, model: nn.Module | None = None) -> nn.Module:
+    """A whole life of a ticket; the scheduler is dropped at its end.
+
+    In a thread, give the model: what is drawn from torch's global generator there depends on the others.
+    """
+    model = make(build, seed) if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
     rst = RSTScheduler(model, sparsity=0.7, steps=15, seed=seed)
     for index in range(40):
@@ -71,7 +74,9 @@ def in_threads(*jobs: Callable[[], object]) -> list[object]:
 @pytest.mark.usefixtures("_eager_switches")
 def test_two_threads_with_a_scheduler_each_equal_the_sequential_result():
     expected = [live(build, seed) for build, seed in LIVES]
-    trained = in_threads(*(lambda build=build, seed=seed: live(build, seed) for build, seed in LIVES))
+    models = [make(build, seed) for build, seed in LIVES]
+    lives = zip(LIVES, models, strict=True)
+    trained = in_threads(*(lambda life=life, model=model: live(*life, model) for life, model in lives))
     for model, other in zip(trained, expected, strict=True):
         assert_same(model, other, 0)
 
@@ -80,6 +85,7 @@ def test_two_threads_with_a_scheduler_each_equal_the_sequential_result():
 def test_schedulers_and_copies_come_and_go_in_other_threads():
     expected = live(mlp, 1)
     finalized = live(mlp, 5)
+    begun = make(mlp, 1)
     over = threading.Event()
 
     def come_and_go() -> int:
@@ -102,7 +108,7 @@ def test_schedulers_and_copies_come_and_go_in_other_threads():
 
     def training() -> nn.Module:
         try:
-            return live(mlp, 1)
+            return live(mlp, 1, begun)
         finally:
             over.set()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
@@ -268,8 +269,10 @@ class ActiveHold(Hold):
         if parameter is None and module is self._layer():  # and not one that a conversion has given the hook to
             self.check_reachable()
         # What functional_call puts in is the caller's own. A whole parameter of a sharded module is a passing view of
-        # shards that are zeroed themselves.
-        if not isinstance(parameter, nn.Parameter) or (self._sharded and not is_sharded(parameter)):
+        # shards that are zeroed themselves. A fake tensor has no values: torch.export traces with it.
+        if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
+            return
+        if self._sharded and not is_sharded(parameter):
             return
         if self.ticket.by_hand or not self.is_clean(parameter):
             is_known = self._clean is None or self._clean[0] == parameter._cdata
