@@ -1,0 +1,59 @@
+"""DistributedDataParallel: every rank has the same ticket, and nothing of it is sent but the seed.
+
+torchrun --standalone --nproc-per-node=2 examples/ddp.py
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from torch_dual_ticket import RSTScheduler
+
+EPOCHS, BATCH = 60, 64
+
+on_gpu = torch.cuda.is_available()
+dist.init_process_group("nccl" if on_gpu else "gloo")
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+if on_gpu:
+    torch.cuda.set_device(device)
+
+digits = load_digits()
+x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+train = TensorDataset(x[:1408], y[:1408])
+sampler = DistributedSampler(train)
+loader = DataLoader(train, batch_size=BATCH, sampler=sampler)
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)).to(device)
+model = DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+# Names are those of the model within DistributedDataParallel. Without a seed, the ranks agree on one.
+updates = EPOCHS * len(loader)
+schedule = {"steps": updates * 4 // 10, "hold": updates // 10, "max_penalty": 3.0}
+rst = RSTScheduler(model, 0.8, **schedule, exclude=["4"])
+
+for epoch in range(EPOCHS):
+    sampler.set_epoch(epoch)
+    for images, labels in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+        optimizer.step()  # the penalty comes in here, after the gradients were averaged
+        rst.step()
+        if rst.done and rst.phase == "transform":
+            report = rst.finalize()  # on all ranks
+            if dist.get_rank() == 0:
+                print(report)
+
+if dist.get_rank() == 0:
+    with torch.no_grad():
+        accuracy = (model.module(x[1408:].to(device)).argmax(1).cpu() == y[1408:]).float().mean().item()
+    print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
+    torch.save(model.module.state_dict(), "ddp.pt")  # an ordinary state_dict, with zeros in it
+dist.destroy_process_group()

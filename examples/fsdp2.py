@@ -1,0 +1,66 @@
+"""FSDP2 (fully_shard): each rank draws only its part of each mask, and holds only its part of the zeros.
+
+torchrun --standalone --nproc-per-node=2 examples/fsdp2.py
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from torch_dual_ticket import RSTScheduler
+
+EPOCHS, BATCH = 60, 64
+
+on_gpu = torch.cuda.is_available()
+if on_gpu:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+mesh = init_device_mesh("cuda" if on_gpu else "cpu", (int(os.environ["WORLD_SIZE"]),))
+rank, ranks = dist.get_rank(), dist.get_world_size()
+
+digits = load_digits()
+x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+
+
+def network():
+    return nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+torch.manual_seed(0)
+model = network().to(mesh.device_type)
+for layer in (model[0], model[2]):  # each on its own; the root takes the rest
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)  # after fully_shard, as FSDP2 asks
+
+per_epoch = 1408 // (BATCH * ranks)
+schedule = {"steps": 24 * per_epoch, "hold": 6 * per_epoch, "max_penalty": 3.0}
+rst = RSTScheduler(model, 0.8, **schedule, exclude=["4"])
+
+for epoch in range(EPOCHS):
+    order = torch.randperm(1408, generator=torch.Generator().manual_seed(epoch))[rank::ranks]
+    for batch in order.split(BATCH)[:per_epoch]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[batch].to(mesh.device_type)), y[batch].to(mesh.device_type)).backward()
+        optimizer.step()
+        rst.step()
+        if rst.done and rst.phase == "transform":
+            report = rst.finalize()  # on all ranks
+            if rank == 0:
+                print(report)
+
+# The whole weights come together on rank 0: an ordinary state_dict, with zeros in it.
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if rank == 0:
+    plain = network()
+    plain.load_state_dict(state)
+    accuracy = (plain(x[1408:]).argmax(1) == y[1408:]).float().mean().item()
+    print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
+    torch.save(state, "fsdp2.pt")
+dist.destroy_process_group()
