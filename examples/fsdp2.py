@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.export import load_ticket, save_ticket
 
 EPOCHS, BATCH = 60, 64
 
@@ -55,12 +55,10 @@ for epoch in range(EPOCHS):
             if rank == 0:
                 print(report)
 
-# The whole weights come together on rank 0: an ordinary state_dict, with zeros in it.
-state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+save_ticket(rst, "fsdp2.safetensors")  # on all ranks: the kept weights come together, and rank 0 writes
 if rank == 0:
     plain = network()
-    plain.load_state_dict(state)
+    load_ticket("fsdp2.safetensors", plain)
     accuracy = (plain(x[1408:]).argmax(1) == y[1408:]).float().mean().item()
     print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
-    torch.save(state, "fsdp2.pt")
 dist.destroy_process_group()

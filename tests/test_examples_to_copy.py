@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torch_dual_ticket.export import read_ticket
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SHORT = [
@@ -137,7 +139,7 @@ def test_two_processes(tmp_path, name):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    assert_pruned(torch.load(tmp_path / f"{name}.pt"), DIGITS_LAYERS, 0.8)
+    assert_pruned(read_ticket(tmp_path / f"{name}.safetensors"), DIGITS_LAYERS, 0.8)
     assert accuracy_in(result.stdout) > 88
     assert result.stdout.count("2.weight") == 1, "one rank prints"
     assert "still held" not in result.stderr
