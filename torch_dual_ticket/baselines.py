@@ -18,13 +18,13 @@ import copy
 import math
 from typing import TYPE_CHECKING
 
+from .agreement import agree_on_seed
 from .arguments import check_directions, check_unheld
 from .chosen_masks import ChosenMask, find_masked
 from .magnitude import magnitude_masks, remove_smallest, rounds_of_counts
 from .mask_views import MaskView, apply_masks
 from .planning import make_plan
 from .schedules import check_integer
-from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
 from .tickets import Ticket
 
@@ -137,8 +137,7 @@ def random_ticket(
     found = find_targets(model, targets, exclude)
     plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern)
     found = [target for target in found if target.name in plan.shapes]
-    agreed = agree_on_seed(given, {name: (plan.shapes[name], count) for name, count in plan.pruned[-1].items()})
-    return HeldMasks(model, found, plan.masks(agreed))
+    return HeldMasks(model, found, plan.masks(agree_on_seed(given, plan, model)))
 
 
 class LotteryTicket:

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .frames import in_functional_call
 from .kernels import SMALL, clear_
-from .shards import is_sharded, local, local_offset, placement
+from .mask_views import zero_masked
+from .shards import is_sharded, local, local_offset, mesh_of, placed_like, placement, version
 from .vacancy import Vacancy, is_collecting
 from .watches import GradientWatch
 
@@ -58,7 +59,7 @@ class Hold(prune.BasePruningMethod):
         self._cached_at: tuple[int, torch.dtype] | None = None
         self.watch = GradientWatch(self)
         self._clean: tuple[int, int, int] | None = None
-        self._sharded = False
+        self._shard: Tensor | None = None  # strongly: tensors that are referenced weakly cannot be swapped
         self.carried = False  # the penalty since the last tick
         self.version_at_tick: int | None = None
 
@@ -104,7 +105,7 @@ class Hold(prune.BasePruningMethod):
             if not is_sharded(parameter) and tuple(weight.shape) != self.mask.shape:
                 raise RuntimeError(
                     f"{self.name} has shape {tuple(weight.shape)}, but had {self.mask.shape} when the scheduler was "
-                    "built. Build a new one, after remove() on this one."
+                    "built. Build a new one, after remove() on this one. (FSDP1 flattens parameters; use fully_shard.)"
                 )
             kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
             self._cached = self._formed(kept, weight)
@@ -155,7 +156,7 @@ class Hold(prune.BasePruningMethod):
         """Set the masked weights to zero. Call it under ``no_grad``."""
         weight = local(parameter)
         clear_(weight, self.mask_for(parameter, weight))
-        self._sharded = is_sharded(parameter)
+        self._shard = parameter if is_sharded(parameter) else None
         self._clean = _stamp(parameter)
 
     def is_clean(self, parameter: Tensor) -> bool:
@@ -175,6 +176,8 @@ class Hold(prune.BasePruningMethod):
             return
         if grad.is_conj():
             grad = parameter.grad = grad.resolve_conj()
+        if is_sharded(grad):
+            grad = parameter.grad = placed_like(grad, parameter)
         clear_(local(grad), kept)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
@@ -268,13 +271,17 @@ class ActiveHold(Hold):
         parameter = self.parameter()
         if parameter is None and module is self._layer():  # and not one that a conversion has given the hook to
             self.check_reachable()
-        # What functional_call puts in is the caller's own. A whole parameter of a sharded module is a passing view of
-        # shards that are zeroed themselves. A fake tensor has no values: torch.export traces with it.
+        # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
             return
-        if self._sharded and not is_sharded(parameter):
-            return
-        if self.ticket.by_hand or not self.is_clean(parameter):
+        shard = self._shard
+        if shard is not None and mesh_of(parameter) != mesh_of(shard):
+            # FSDP2 has gathered the parameter for this forward: a passing copy of shards that are held themselves.
+            if self.ticket.by_hand or not self.is_clean(shard):
+                with torch.no_grad():
+                    self.zero(shard)
+                zero_masked(parameter, self.mask)
+        elif self.ticket.by_hand or not self.is_clean(parameter):
             is_known = self._clean is None or self._clean[0] == parameter._cdata
             if not is_known and in_functional_call(sys._getframe(1)):
                 return
@@ -285,8 +292,7 @@ class ActiveHold(Hold):
 
 def _stamp(parameter: Tensor) -> tuple[int, int, int]:
     """Changes with the parameter, its memory and its values; ``.data = …`` changes the memory alone."""
-    weight = local(parameter)
-    return parameter._cdata, weight.data_ptr(), weight._version
+    return parameter._cdata, local(parameter).data_ptr(), version(parameter)
 
 
 def _parameters(module: nn.Module | None) -> dict[str, Tensor | None]:

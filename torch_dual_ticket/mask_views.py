@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import clear_
-from .shards import local, local_offset
+from .shards import local, local_offset, reshard
 from .wrappers import unwrapped_parameters
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
     """Set the masked weights to zero in a model that nobody need hold."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
+    reshard(model)
     parameters = dict(unwrapped_parameters(model))
     for name, mask in masks.items():
         parameter = parameters.get(name)
@@ -32,12 +33,16 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
                 f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what} in"
                 f" the given {type(model).__name__}"
             )
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weight = local(parameters[name])
-            offset = local_offset(parameters[name])
-            kept = mask.draw(offset=offset, size=tuple(weight.shape), device=weight.device)
-            clear_(weight, kept.to(torch.uint8))
+    for name, mask in masks.items():
+        zero_masked(parameters[name], mask)
+
+
+@torch.no_grad()
+def zero_masked(parameter: Tensor, mask: Mask) -> None:
+    """Set the masked weights of one parameter to zero; of a DTensor those in this process's shard."""
+    weight = local(parameter)
+    kept = mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
+    clear_(weight, kept.to(torch.uint8))
 
 
 class MaskView(Mapping[str, Tensor]):

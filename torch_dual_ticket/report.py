@@ -74,7 +74,8 @@ class Report:
 
 
 def measure(ticket: Ticket) -> Report:
-    """The report on a ticket as it is now; reads every target weight."""
+    """The report on a ticket as it is now; reads every target weight. Collective where they are sharded."""
+    ticket.reshard()
     layers = []
     masked_sum = total_sum = 0.0
     for hold in ticket.primary_holds:
@@ -97,6 +98,15 @@ def warn_of_residual(report: Report, penalty: float) -> None:
         warnings.warn(
             f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero (λ had"
             f" reached {penalty:.3g}): transform for longer (steps, hold), or with a higher max_penalty or lr",
+            stacklevel=3,
+        )
+
+
+def warn_of_outstanding(cycle: int, cycles: int) -> None:
+    """Warn, on behalf of ``finalize()``, where it comes before the last cycle."""
+    if cycle < cycles:
+        warnings.warn(
+            f"finalize() in cycle {cycle} of {cycles}: what later cycles would have masked was not penalised",
             stacklevel=3,
         )
 

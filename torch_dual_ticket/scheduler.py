@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, mask_views
+from .agreement import agree_on_seed, check_not_joined, world_size
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
-from .report import measure, warn_of_residual
+from .report import measure, warn_of_outstanding, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
-from .shards import agree_on_seed
 from .targets import DEFAULT_TARGETS, find_targets
 from .tickets import Ticket
 
@@ -99,10 +98,10 @@ class RSTScheduler:
         arguments.check_unheld(found)
         arguments.check_optimizer(optimizer, found)
         with arguments.generator_unchanged_on_error():
-            self.seed = agree_on_seed(given_seed, {name: (plan.shapes[name], n) for name, n in plan.pruned[-1].items()})
+            self.seed = agree_on_seed(given_seed, plan, model, self._timeline)
             arguments.check_directions(found, plan.masks(self.seed))
         self._plan = plan
-        self._seed_is_given = given_seed is not None
+        self._seed_is_given, self._ranks = given_seed is not None, world_size()
         self._ticks = 0
         self._report: Report | None = None
         self._model = model
@@ -132,6 +131,8 @@ class RSTScheduler:
         if ticket.enforcing or not ticket.primary_holds:
             return
         ticket.check_reachable()
+        if not (self._ticks or self._seed_is_given):
+            check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
@@ -199,14 +200,10 @@ class RSTScheduler:
         ticket = self._ticket
         if not ticket.enforcing:
             arguments.check_trained(ticket, self._ticks)
+            ticket.reshard()
             if layout == "prune":
                 check_stock_layout(ticket.holds)
-            cycle, cycles = self._cycle + 1, self._timeline.cycles
-            if cycle < cycles:
-                warnings.warn(
-                    f"finalize() in cycle {cycle} of {cycles}: what later cycles would have masked was not penalised",
-                    stacklevel=2,
-                )
+            warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
             report = self._measure_final_masks()
             warn_of_residual(report, self._timeline.penalty(max(0, self._ticks - 1)))
             ticket.enforce()
@@ -217,7 +214,6 @@ class RSTScheduler:
         return self._report
 
     def _measure_final_masks(self) -> Report:
-        self._ticket.reshard()
         self._ticket.set_masks(self._plan.masks(self.seed))
         return measure(self._ticket)
 
@@ -233,6 +229,7 @@ class RSTScheduler:
         """
         if not self._ticket.enforcing:
             raise RuntimeError("to_prune() needs the final masks: call finalize() first")
+        self._ticket.reshard()
         to_stock_layout(self._ticket.holds)
 
     def remove(self) -> None:
@@ -258,7 +255,6 @@ class RSTScheduler:
 
     def residual(self) -> float:
         """‖masked weights‖ / ‖all target weights‖: what :meth:`finalize` would take away now. Reads every weight."""
-        self._ticket.reshard()
         return measure(self._ticket).total.residual
 
     def apply_masks(self, model: nn.Module) -> None:

@@ -1,11 +1,10 @@
-"""Parameters that are spread over processes (DTensor), and what the ranks of a job must agree on."""
+"""Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -18,12 +17,29 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in _WHOLE and hasattr(tensor, "placements")
 
 
+def mesh_of(tensor: Tensor) -> Any:
+    """The devices over which a DTensor is spread; None for a tensor that is whole."""
+    return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
+
+
+def is_offloaded(tensor: Tensor) -> bool:
+    """Whether FSDP2 keeps the shard on the CPU, and computes elsewhere."""
+    mesh = mesh_of(tensor)
+    return mesh is not None and tensor.device.type != mesh.device_type
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds: the tensor itself, or the local shard of a DTensor (shared memory, no copy)."""
     if type(tensor) in _WHOLE:
         return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def version(tensor: Tensor) -> int:
+    """Grows with every change: operations on a DTensor are counted by itself, those on its shard by the shard."""
+    part = local(tensor)
+    return tensor._version if part is tensor else tensor._version + part._version
 
 
 def placed_like(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -88,53 +104,28 @@ def sum_over_shards(value: Tensor, tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return value
     sharded: Any = tensor
+    mesh = sharded.device_mesh
+    total = value.to(mesh.device_type)  # where its process groups can work; the shard may be offloaded
     for dim, placement in enumerate(sharded.placements):
         if placement.is_shard():
-            dist.all_reduce(value, group=sharded.device_mesh.get_group(dim))
-    return value
+            dist.all_reduce(total, group=mesh.get_group(dim))
+    return total.to(value.device)
 
 
-def reshard(model: nn.Module) -> bool:
+def reshard(model: nn.Module) -> None:
     """Put the sharded parameters back in place where FSDP2 has left whole ones, as it does at the root after an eval
     forward.
 
-    A change to a whole parameter would be lost at the next gathering. Returns whether the model has FSDP2 modules at
-    all.
+    A change to a whole parameter would be lost at the next gathering.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:  # fully_shard cannot have been called
-        return False
-    modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-    for module in modules:
-        module.reshard()
-    return bool(modules)
+        return
+    from torch.distributed._composable_state import _module_state_mapping
 
-
-def agree_on_seed(seed: int | None, layers: dict[str, tuple[tuple[int, ...], int]]) -> int:
-    """The seed to use on every rank: the one given, or one drawn from torch's global CPU generator on rank 0.
-
-    ``layers`` gives the shape and the pruned units of each target. Collective where a default process group exists:
-    every rank must call it.
-
-    Raises:
-        RuntimeError: on all ranks, if they were given different seeds, or prune different numbers in one layer.
-    """
-    mine = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return mine
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (seed, mine, layers))
-    given = [entry[0] for entry in everyone]
-    if len(set(given)) > 1:
-        raise RuntimeError(
-            f"the ranks were given different seeds: {dict(enumerate(given))}. Their masks would differ, and the"
-            " replicas would drift apart. Give every rank the same seed, or none."
-        )
-    for rank, (_, _, theirs) in enumerate(everyone):
-        for name, (shape, pruned) in theirs.items():
-            if name in layers and layers[name][0] == shape and layers[name][1] != pruned:
-                raise RuntimeError(
-                    f"rank {rank} prunes {pruned} units of {name!r}, rank {dist.get_rank()} prunes {layers[name][1]}. "
-                    "Give every rank the same sparsity, pattern and exclusions."
-                )
-    return int(everyone[0][1])
+    # The root may lie above the model: fully_shard leaves no trace of it on the modules whose parameters it manages.
+    sharding = [module for module in list(_module_state_mapping) if isinstance(module, fsdp.FSDPModule)]
+    held = set(model.modules()) if sharding else set()
+    for module in sharding:
+        if not held.isdisjoint(module.modules()):
+            module.reshard()

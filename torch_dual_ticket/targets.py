@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .shards import reshard
 from .wrappers import unwrapped_modules, unwrapped_parameters
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     pairs = [_check_type(entry) for entry in types]
     if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
         raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
+    _refuse_fsdp1(model)
+    reshard(model)
     modules = list(unwrapped_modules(model))
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name, _ in modules):
@@ -166,6 +169,15 @@ def _user(place: Place, modules: dict[str, nn.Module]) -> Place | None:
             below = place.layer_name[len(name) :].lstrip(".")
             return Place(name, modules[name], f"{below}.{place.tensor_name}", place.owner, place.attribute)
     return None
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), which flattens the weights of many"
+                " layers into one parameter. Use FSDP2 instead: torch.distributed.fsdp.fully_shard."
+            )
 
 
 def _check_type(entry: TargetType) -> tuple[type, str]:

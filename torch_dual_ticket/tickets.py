@@ -12,7 +12,7 @@ from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
 from .kernels import add_scaled_, squared_norms
 from .members import Members
-from .shards import is_sharded, local, placed_like, reshard, sum_over_shards
+from .shards import is_sharded, local, placed_like, reshard, sum_over_shards, version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -146,10 +146,10 @@ class Ticket:
             if hold.carried or parameter is None:
                 hold.version_at_tick = None
             else:
-                version = local(parameter)._version
-                if hold.version_at_tick not in (None, version):
+                now = version(parameter)
+                if hold.version_at_tick not in (None, now):
                     bypassed.append(hold.name)
-                hold.version_at_tick = version
+                hold.version_at_tick = now
             hold.carried = False
         self._idle_ticks += not self._ever_carried
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
@@ -198,7 +198,7 @@ class Ticket:
             grad = parameter.grad
             if grad is None:
                 continue
-            if grad.__dict__.get(_MARK) == (local(grad)._version, self._round):
+            if grad.__dict__.get(_MARK) == (version(grad), self._round):
                 hold.carried = carries = True
                 continue
             if hold.carried and in_step:
@@ -233,7 +233,7 @@ class Ticket:
                 add_scaled_(grads, weights, masks, factor if scale is None else scale * factor)
         # After all additions: views of one DDP bucket share a version.
         for grad in penalised:
-            grad.__dict__[_MARK] = (local(grad)._version, self._round)
+            grad.__dict__[_MARK] = (version(grad), self._round)
         return True
 
     def note_update(self, optimizer: Optimizer) -> None:
@@ -249,6 +249,7 @@ class Ticket:
 
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
+        self.reshard()
         self.by_hand = self.silenced = True
         looked_up = [(hold, hold.parameter()) for hold in self.holds]
         everything = {id(parameter): (hold, parameter) for hold, parameter in looked_up if parameter is not None}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .shards import is_offloaded
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -27,6 +29,10 @@ class GradientWatch:
         """Mask the gradients of this parameter from now on, and the one that is there already, under ``no_grad``."""
         hold = self._hold()
         if hold is None:
+            return
+        if is_offloaded(parameter):  # its gradient may still be on the way when FSDP2 calls the hooks
+            self.stop()
+            hold.mask_gradient(parameter)
             return
         hooks = parameter._post_accumulate_grad_hooks
         if self._hook is not None and hooks and self._hook.id in hooks and self._watched == parameter._cdata:
