@@ -16,6 +16,11 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5))
 
 
+def wide() -> nn.Module:
+    """With a layer of more than the 4,096 weights up to which the library works in one call."""
+    return nn.Sequential(nn.Linear(12, 360), nn.Tanh(), nn.Linear(360, 5))
+
+
 def cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -46,6 +51,7 @@ def transformer() -> nn.Module:
 
 INPUT_SHAPES: dict[Callable[[], nn.Module], tuple[int, ...]] = {
     mlp: (12,),
+    wide: (12,),
     cnn: (3, 6, 6),
     transformer: (4, 8),
 }

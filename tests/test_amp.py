@@ -6,7 +6,7 @@
 import pytest
 import torch
 from lives import assert_same_life, updates
-from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer
+from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer, wide
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -19,7 +19,7 @@ def loss_at(model, index, build=mlp):
     return loss_of(model, index, INPUT_SHAPES[build], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("build", [mlp, cnn, transformer], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [mlp, wide, cnn, transformer], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast(dtype, build):
     def train(model, side):
@@ -77,9 +77,10 @@ def update_with(scaler, optimizers):
     return scaler.get_scale() >= scale
 
 
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("handling", ["plain", "unscaled-and-clipped"])
 @pytest.mark.parametrize("name", SCALED_OPTIMIZERS)
-def test_grad_scaler(name, handling):
+def test_grad_scaler(name, handling, build):
     """The penalty is that of the unscaled gradient, and λ advances only on updates that took place."""
 
     def train(model, side):
@@ -88,7 +89,7 @@ def test_grad_scaler(name, handling):
         skipped = 0
         for index in updates(side):
             optimizer.zero_grad()
-            scaler.scale(loss_at(model, index)).backward()
+            scaler.scale(loss_at(model, index, build)).backward()
             if index in INFINITE:
                 model[2].bias.grad[1] = float("inf")
             if side.by_hand or handling != "plain":
@@ -103,7 +104,7 @@ def test_grad_scaler(name, handling):
                 side.after_update()
         assert skipped == len(INFINITE)
 
-    assert_same_life(train, **EXACT)
+    assert_same_life(train, build, **EXACT)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lives import assert_same_life, updates
-from models import INPUT_SHAPES, cnn, loss_of, mlp, transformer
+from models import INPUT_SHAPES, cnn, loss_of, mlp, transformer, wide
 from torch import nn
 
 CLIPPINGS = {
@@ -14,7 +14,7 @@ CLIPPINGS = {
 }
 
 
-@pytest.mark.parametrize("build", [mlp, cnn, transformer], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [mlp, wide, cnn, transformer], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 def test_clipping(clipping, build):
     def train(model, side):

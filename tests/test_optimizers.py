@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lives import assert_same_life, training_with, updates
-from models import INPUT_SHAPES, loss_of, mlp
+from models import INPUT_SHAPES, loss_of, mlp, wide
 
 FOREACH = ({"foreach": False}, {"foreach": True})
 FUSED = (*FOREACH, {"fused": True})
@@ -27,25 +27,27 @@ CASES = [(kind, settings | implementation) for kind, settings, options in OPTIMI
 IDS = [f"{kind.__name__}-{'fused' if 'fused' in s else 'foreach' if s['foreach'] else 'plain'}" for kind, s in CASES]
 
 
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
-def test_an_optimizer_of_torch(kind, settings):
-    assert_same_life(training_with(lambda model: kind(model.parameters(), **settings)))
+def test_an_optimizer_of_torch(kind, settings, build):
+    assert_same_life(training_with(lambda model: kind(model.parameters(), **settings), build), build)
 
 
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
-def test_maximize(kind, settings):
+def test_maximize(kind, settings, build):
     """The penalty goes against the direction of the gradient, or it would be maximised too."""
 
     def train(model, side):
         optimizer = kind(model.parameters(), maximize=True, **settings)
         for index in updates(side):
             optimizer.zero_grad()
-            (-loss_of(model, index, INPUT_SHAPES[mlp])).backward()
+            (-loss_of(model, index, INPUT_SHAPES[build])).backward()
             side.before_update(sign=-1.0)
             optimizer.step()
             side.after_update()
 
-    rst = assert_same_life(train)
+    rst = assert_same_life(train, build)
     assert rst.finalize().total.residual < 0.8**0.5  # about what it was before the first update
 
 
