@@ -13,6 +13,7 @@ from reference import ByHand
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 
 from torch_dual_ticket import RSTScheduler
 
@@ -296,15 +297,19 @@ def test_export_during_the_transformation_is_that_of_the_dense_model():
 
 
 def test_shapes_under_a_fake_mode():
-    """A model held at zero is run on tensors without values, as memory planners do."""
-    from torch._subclasses import FakeTensorMode
-
+    """A finalised model that runs on tensors without values, as memory planners do and torch.export on torch 2.6."""
     lives = Lives(SmallNetwork)
     lives.schedule(lives.model)
     lives.go_on(lives.model, 7)
-    before = copy.deepcopy(lives.model.state_dict())
+    lives.model.eval()
+    real = list(lives.model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {name: mode.from_tensor(value) for name, value in lives.model.state_dict().items()}
-        x = torch.empty(2, *lives.shape, dtype=torch.float64)
-        assert torch.func.functional_call(lives.model, fake, (x,)).shape == (2, 5)
-    assert all(torch.equal(value, before[name]) for name, value in lives.model.state_dict().items())
+        for module in lives.model.modules():
+            for name, value in module._parameters.items():
+                module._parameters[name] = mode.from_tensor(value)
+        assert all(isinstance(parameter, nn.Parameter) for parameter in lives.model.parameters())
+        assert lives.model(torch.empty(2, *lives.shape, dtype=torch.float64)).shape == (2, 5)
+    for module in lives.model.modules():
+        for name in module._parameters:
+            module._parameters[name] = real.pop(0)
+    lives.assert_same()

@@ -259,11 +259,17 @@ def test_a_saved_model_holds_its_zeros_in_a_process_that_knows_of_no_scheduler(t
     script = """
 import sys, torch
 model, masks = torch.load(sys.argv[1], weights_only=False)
+for module in model.modules():
+    for _ in range(100):  # new hooks, in a process that counts them from 0
+        module.register_forward_pre_hook(lambda *_: None)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
 for _ in range(3):
     optimizer.zero_grad()
     model(torch.randn(8, 4, 8, dtype=torch.float64)).square().mean().backward()
     optimizer.step()
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+        model(torch.randn(8, 4, 8, dtype=torch.float64))
     assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in masks.items())
     assert not any((model.get_parameter(name)[kept] == 0).any() for name, kept in masks.items())
 """
