@@ -296,7 +296,9 @@ class RSTScheduler:
         """
         ticks, pending, phase, seed = arguments.check_state(state)
         ticket = self._ticket
-        adopts = not (self._seed_is_given or self._ticks or ticket.has_ever_carried() or ticket.enforcing)
+        # An update without a tick is no use yet: torch.distributed.checkpoint makes one, with a rate of 0, to have the
+        # state of a new optimizer in place before it loads.
+        adopts = not (self._seed_is_given or self._ticks or ticket.enforcing)
         arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
