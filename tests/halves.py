@@ -108,6 +108,7 @@ def live_alike(
     ``disturb`` is called at the places of an update at which a loop may do something else in between.
     """
     optimizer = sgd(model.parameters()) if optimizer is None else optimizer
+    half = dist.get_rank() if dist.is_initialized() else 0
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     start = [parameter.detach().clone() for parameter in reference.model.parameters()]
     for update in updates:
@@ -124,7 +125,7 @@ def live_alike(
         optimizer.zero_grad(set_to_none=set_to_none)
         for index in batches:
             with gradients_in_sync(model, index == batches[-1]):
-                reference.loss(model, index, dist.get_rank()).backward()
+                reference.loss(model, index, half).backward()
         disturb()
         # Not model.parameters(): after a forward without gradients FSDP2 has put other ones there.
         nn.utils.clip_grad_norm_(parameters, CLIP)

@@ -1,7 +1,7 @@
-"""Tests that run on two processes, with gloo between them.
+"""Tests that run on two processes, or four, with gloo between them.
 
-The two are started once, at the first test that needs them, and then do one test after the other, each in a process
-group of its own: importing torch takes longer than any of the tests. A test that hangs costs a new pair.
+The processes are started once, at the first test that needs them, and then do one test after the other, each in a
+process group of its own: importing torch takes longer than any of the tests. A test that hangs costs new processes.
 """
 
 from __future__ import annotations
@@ -27,24 +27,31 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WORLD = 2
 _LIMIT = 120  # seconds that a test may take
-_GRACE = 10  # seconds that the other rank gets when one has failed
-_pair: list[tuple[Any, Connection]] = []
+_GRACE = 10  # seconds that the other ranks get when one has failed
+_processes: list[tuple[Any, Connection]] = []
 
 
 def on_two_ranks(test: Callable[..., None]) -> Callable[..., None]:
     """Run the test function, with its arguments, on both ranks; it fails if it fails on one of them."""
+    return _on_ranks(2, test)
 
+
+def on_four_ranks(test: Callable[..., None]) -> Callable[..., None]:
+    """Run the test function, with its arguments, on four ranks; it fails if it fails on one of them."""
+    return _on_ranks(4, test)
+
+
+def _on_ranks(world: int, test: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(test)
-    def on_both(**arguments: object) -> None:
+    def on_all(**arguments: object) -> None:
         if not dist.is_available() or not dist.is_gloo_available():
             pytest.skip("this build of torch has no gloo")
-        failures = _run(test.__module__, test.__name__, arguments)
+        failures = _run(world, test.__module__, test.__name__, arguments)
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
 
-    return on_both
+    return on_all
 
 
 def everywhere(value: object) -> list[Any]:
@@ -54,13 +61,14 @@ def everywhere(value: object) -> list[Any]:
     return values
 
 
-def _run(module: str, name: str, arguments: dict[str, object]) -> list[str]:
-    if not _pair:
-        _start()
+def _run(world: int, module: str, name: str, arguments: dict[str, object]) -> list[str]:
+    if len(_processes) != world:
+        _stop()
+        _start(world)
     with tempfile.TemporaryDirectory() as folder:
-        for _, connection in _pair:
+        for _, connection in _processes:
             connection.send((module, name, arguments, os.path.join(folder, "store")))
-        waiting = {connection: rank for rank, (_, connection) in enumerate(_pair)}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(_processes)}
         failures = []
         has_ended = False
         deadline = time.monotonic() + _LIMIT
@@ -75,7 +83,7 @@ def _run(module: str, name: str, arguments: dict[str, object]) -> list[str]:
                 try:
                     failure = connection.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    failure = f"the process ended with exit code {_pair[rank][0].exitcode}"
+                    failure = f"the process ended with exit code {_processes[rank][0].exitcode}"
                     has_ended = True
                 if failure:
                     failures.append(f"rank {rank}: {failure}")
@@ -85,25 +93,25 @@ def _run(module: str, name: str, arguments: dict[str, object]) -> list[str]:
         return failures
 
 
-def _start() -> None:
+def _start(world: int) -> None:
     context = multiprocessing.get_context("spawn")
-    for rank in range(WORLD):
+    for rank in range(world):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
         process.start()
         theirs.close()
-        _pair.append((process, ours))
+        _processes.append((process, ours))
 
 
 def _stop() -> None:
-    for process, connection in _pair:
+    for process, connection in _processes:
         connection.close()
         process.kill()
         process.join()
-    _pair.clear()
+    _processes.clear()
 
 
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, world: int, connection: Connection) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -114,7 +122,7 @@ def _serve(rank: int, connection: Connection) -> None:
             return
         try:
             test = getattr(importlib.import_module(module), name).__wrapped__
-            _in_group(rank, store, functools.partial(test, **arguments))
+            _in_group(rank, world, store, functools.partial(test, **arguments))
         except BaseException:  # pytest.fail() raises no Exception
             connection.send(traceback.format_exc())
         else:
@@ -122,12 +130,12 @@ def _serve(rank: int, connection: Connection) -> None:
         gc.collect()
 
 
-def _in_group(rank: int, store: str, test: Callable[[], None]) -> None:
+def _in_group(rank: int, world: int, store: str, test: Callable[[], None]) -> None:
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, WORLD),
+        store=dist.FileStore(store, world),
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=datetime.timedelta(seconds=_LIMIT / 2),
     )
     torch.manual_seed(rank)
@@ -136,7 +144,8 @@ def _in_group(rank: int, store: str, test: Callable[[], None]) -> None:
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")  # torch.distributed.optim uses it
             test()
-        dist.barrier()  # or the slower rank would miss the faster one
+        if dist.is_initialized():
+            dist.barrier()  # or the slower rank would miss the faster one
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # and a rank that waits for one that has failed hears of it
