@@ -148,3 +148,51 @@ def test_negative_zero_does_not_come_back():
         for name, kept in rst.masks.items() if index >= 15 else ():
             assert is_plus_zero(model.get_parameter(name)[~kept])
             assert is_plus_zero(model.get_parameter(name).grad[~kept])
+
+
+class Normalised(torch.optim.Optimizer):
+    """Steps of one length: gradients at masked weights would shorten those of the others."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad / parameter.grad.norm(), alpha=group["lr"])
+
+
+def by_assignment(parameter, gradient):
+    parameter.grad = gradient.clone()
+
+
+def by_copying(parameter, gradient):
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.data.copy_(gradient)
+
+
+def after_backward(parameter, gradient):
+    parameter.grad = parameter.grad + gradient
+
+
+@pytest.mark.parametrize("give", [by_assignment, by_copying, after_backward])
+def test_gradients_that_do_not_come_from_backward(give):
+    """They meet no hook of autograd, and are masked before the optimizer looks at them nevertheless."""
+
+    def train(model, side):
+        optimizer = Normalised(model.parameters(), lr=0.05)
+        for index in updates(side):
+            loss = loss_of(model, index, SHAPE)
+            if give is after_backward:
+                optimizer.zero_grad()
+                loss.backward(retain_graph=True)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                give(parameter, gradient)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)

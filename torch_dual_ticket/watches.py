@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .holds import Hold
 
 
+_MARK = "_dual_ticket_masked_at"  # the attribute of a gradient that says when the hook has masked it
+
+
 class GradientWatch:
     """The post-accumulate hook of a hold, on whatever tensor its parameter is at the moment."""
 
@@ -24,6 +27,11 @@ class GradientWatch:
         self._hold = weakref.ref(hold)
         self._hook: RemovableHandle | None = None
         self._watched = 0  # the tensor behind the parameter that has the hook
+        self._looks = 0  # how often somebody has asked for masked gradients
+
+    def note_masked(self, grad: Tensor) -> None:
+        """The hook has masked this gradient since the last look at it."""
+        grad.__dict__[_MARK] = self._looks
 
     def over(self, parameter: Tensor) -> None:
         """Mask the gradients of this parameter from now on, and the one that is there already, under ``no_grad``."""
@@ -36,8 +44,12 @@ class GradientWatch:
             return
         hooks = parameter._post_accumulate_grad_hooks
         if self._hook is not None and hooks and self._hook.id in hooks and self._watched == parameter._cdata:
-            if next(iter(hooks)) != self._hook.id:
-                hold.mask_gradient(parameter)  # a hook before ours may be taking the step at this moment
+            grad = parameter.grad
+            # A hook before ours may be taking the step at this moment. And a gradient that did not come from backward()
+            # has not met our hook: torch.autograd.grad, gradient surgery.
+            if grad is not None and (next(iter(hooks)) != self._hook.id or grad.__dict__.get(_MARK) != self._looks):
+                hold.mask_gradient(parameter)
+            self._looks += 1
             return
         self.stop()
         hook = partial(_mask_gradient, self._hold)
@@ -67,3 +79,5 @@ def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
             hold.mask_gradient(parameter)
     else:
         hold.mask_gradient(parameter)
+    if hold.primary and parameter.grad is not None:
+        hold.watch.note_masked(parameter.grad)
