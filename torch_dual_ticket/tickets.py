@@ -190,7 +190,7 @@ class Ticket:
 
     def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> bool:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns whether any was due."""
-        todo: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
+        due: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
         penalised: list[Tensor] = []
         outer: set[int] | None = None
         carries = False  # a penalty that it got before a step that raised, or in the step around this one
@@ -214,19 +214,19 @@ class Ticket:
             if grad.is_sparse:
                 grad = parameter.grad = grad.coalesce()
                 rows = grad._indices()[0]
-                todo[sign].append((grad._values(), weight[rows], hold.mask_for(parameter, weight)[rows]))
+                due[sign].append((grad._values(), weight[rows], hold.mask_for(parameter, weight)[rows]))
             else:
                 if is_sharded(grad):
                     grad = parameter.grad = placed_like(grad, parameter)
                 if grad.is_conj():
                     grad = parameter.grad = grad.resolve_conj()
-                todo[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
+                due[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
             penalised.append(grad)
         self._carrying = id(optimizer) if penalised or carries else self._carrying
         if not penalised:
             return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
-        for sign, work in todo.items():
+        for sign, work in due.items():
             if work and self.penalty != 0:
                 factor = sign * self.penalty
                 grads, weights, masks = zip(*work, strict=True)
