@@ -48,6 +48,7 @@ def test_checkpoint_sequential(kind):
     assert_same_life(train_with(forward, mlp))
 
 
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")
 @pytest.mark.parametrize("when", ["before-the-scheduler", "after-the-scheduler"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrapper_in_the_model(kind, when):

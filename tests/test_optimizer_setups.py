@@ -67,14 +67,18 @@ def test_a_group_added_later():
     assert_same_life(train)
 
 
-def test_parameters_put_into_a_group_by_hand():
-    """The optimizer was made for another copy of the model; its list of parameters is exchanged in place."""
+@pytest.mark.parametrize("exchange", ["parameters", "groups"])
+def test_parameters_put_into_an_optimizer_by_hand(exchange):
+    """It was made for another copy of the model; its parameters are exchanged in place, or all its groups."""
 
     def train(model, side):
         elsewhere = copy.deepcopy(model)
         optimizer = torch.optim.SGD(elsewhere.parameters(), lr=1e-2)
         optimizer.step()  # holds nothing of the model yet
-        optimizer.param_groups[0]["params"][:] = list(model.parameters())
+        if exchange == "parameters":
+            optimizer.param_groups[0]["params"][:] = list(model.parameters())
+        else:
+            optimizer.param_groups = [{**optimizer.param_groups[0], "params": list(model.parameters())}]
         for index in updates(side):
             backward(model, index)
             side.before_update()
