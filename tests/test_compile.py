@@ -88,7 +88,7 @@ class Lives:
                 self.hand.finalize()
             self.optimizer.zero_grad()
             loss_of(compiled, self.update, self.shape).backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 0.05)
             self.optimizer.step()
             self.rst.step()
 
@@ -96,7 +96,7 @@ class Lives:
             loss_of(self.other, self.update, self.shape).backward()
             if self.hand.finalized:
                 self.hand.before_update()
-            nn.utils.clip_grad_norm_(self.other.parameters(), 0.5)
+            nn.utils.clip_grad_norm_(self.other.parameters(), 0.05)
             if not self.hand.finalized:
                 self.hand.before_update()
             self.other_optimizer.step()

@@ -41,7 +41,7 @@ WAYS = [copy.deepcopy, by_pickle, by_torch_save]
 
 
 class Attention(nn.Module):
-    """A module whose parent uses the child's weight: out_proj has no forward of its own."""
+    """With torch's own example of a module that uses the weight of a child, out_proj, itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,11 +52,26 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x)[0].mean(1))
 
 
+class Borrowing(nn.Module):
+    """A module that uses the weight of a child whose forward never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lender, self.head = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(x, self.lender.weight, self.lender.bias).tanh())
+
+
 def attention() -> nn.Module:
     return Attention()
 
 
-SHAPES: dict[Callable[[], nn.Module], tuple[int, ...]] = {**INPUT_SHAPES, attention: (4, 8)}
+def borrowing() -> nn.Module:
+    return Borrowing()
+
+
+SHAPES: dict[Callable[[], nn.Module], tuple[int, ...]] = {**INPUT_SHAPES, attention: (4, 8), borrowing: SHAPE}
 
 
 def hooks(model: nn.Module) -> int:
@@ -228,7 +243,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["", "clipped"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("make_copy", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("build", [mlp, attention], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [mlp, attention, borrowing], ids=lambda build: build.__name__)
 def test_a_copy_of_a_finalised_model_lives_on_its_own(build, make_copy, optimizer, clip):
     model, rst = finalized(build)
     masks = dict(rst.masks)
@@ -254,13 +269,18 @@ def test_a_copy_of_a_finalised_model_lives_on_its_own(build, make_copy, optimize
 
 
 def test_a_saved_model_holds_its_zeros_in_a_process_that_knows_of_no_scheduler(tmp_path):
+    for _ in range(1000):  # hooks are numbered; here the number is higher than in the other process
+        nn.Identity().register_forward_pre_hook(print)
     model, rst = finalized(attention)
     torch.save((model, dict(rst.masks)), tmp_path / "model.pt")
     script = """
 import sys, torch
+from torch.utils.hooks import RemovableHandle
 model, masks = torch.load(sys.argv[1], weights_only=False)
-for module in model.modules():
-    for _ in range(100):  # new hooks, in a process that counts them from 0
+for module in model.modules():  # later hooks, until one would have got the number of the layer's own
+    for number in list(module._forward_pre_hooks):
+        while RemovableHandle.next_id < number:
+            torch.nn.Identity().register_forward_pre_hook(print)
         module.register_forward_pre_hook(lambda *_: None)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
 for _ in range(3):
@@ -393,6 +413,17 @@ def test_a_scheduler_copied_with_its_finalised_model_speaks_of_the_copy():
     its_rst.remove()
     assert hooks(duplicate) == 0
     assert hooks(model) == 3
+
+
+def test_a_copied_scheduler_that_goes_back_and_is_dropped_leaves_nothing():
+    before, its_rst = midway()
+    state = its_rst.state_dict()
+    del before
+    model, rst = copy.deepcopy(finalized())
+    rst.load_state_dict(state)
+    assert (rst.phase, hooks(model)) == ("transform", 3)
+    del rst
+    assert hooks(model) == 0
 
 
 def test_a_scheduler_copied_during_the_transformation_says_that_it_holds_nothing():

@@ -302,7 +302,7 @@ class RSTScheduler:
         arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
-        ticket.resume(pending, ever_carried=pending or ticks > 0)
+        ticket.resume(pending)
         if phase == "finetune":
             if not ticket.enforcing:
                 self._report = self._measure_final_masks()

@@ -166,9 +166,9 @@ class Ticket:
         self.update_pending = self.silenced = False
         self._carrying = None
 
-    def resume(self, pending: bool, *, ever_carried: bool) -> None:
+    def resume(self, pending: bool) -> None:
         """Go on from a saved state of the transformation: what was carried here before counts no more."""
-        self.update_pending, self._ever_carried, self.silenced = pending, ever_carried, False
+        self.update_pending, self._ever_carried, self.silenced = pending, pending, False
         self._carrying = self._found_inf = None
         self._round += 1
         for hold in self.holds:
