@@ -277,11 +277,11 @@ def test_a_saved_model_holds_its_zeros_in_a_process_that_knows_of_no_scheduler(t
 import sys, torch
 from torch.utils.hooks import RemovableHandle
 model, masks = torch.load(sys.argv[1], weights_only=False)
-for module in model.modules():  # later hooks, until one would have got the number of the layer's own
-    for number in list(module._forward_pre_hooks):
-        while RemovableHandle.next_id < number:
-            torch.nn.Identity().register_forward_pre_hook(print)
-        module.register_forward_pre_hook(lambda *_: None)
+held = {number: module for module in model.modules() for number in module._forward_pre_hooks}
+for number in sorted(held):  # later hooks, until one would have got the number of the layer's own
+    while RemovableHandle.next_id < number:
+        torch.nn.Identity().register_forward_pre_hook(print)
+    held[number].register_forward_pre_hook(lambda *_: None)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
 for _ in range(3):
     optimizer.zero_grad()
