@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.holds import Hold
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(7, 5), (4, 7)),
@@ -200,6 +201,34 @@ class Tied(nn.Module):
 def test_a_tied_weight_has_one_mask_and_one_penalty(targets):
     rst = assert_lives_alike(Tied, tokens(4, 3), ["embedding.weight", "body.weight"], targets=targets)
     assert rst.sparsity == (round(0.6 * 60) + round(0.6 * 36)) / 96
+
+
+@pytest.mark.parametrize("build", [Tied, lambda: nn.MultiheadAttention(4, 2)], ids=["tied", "attention"])
+def test_a_weight_with_several_places_is_worked_on_once_an_update(build, monkeypatch):
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rst = RSTScheduler(model, 0.5, steps=1, targets=(nn.Linear, nn.Embedding))
+    worked_on = []
+    for work in ("zero", "mask_gradient"):
+        do = getattr(Hold, work)
+        monkeypatch.setattr(
+            Hold, work, lambda hold, parameter, work=work, do=do: (worked_on.append(work), do(hold, parameter))
+        )
+
+    def update():
+        optimizer.zero_grad()
+        inputs = [torch.randn(3, 4)] * 3 if isinstance(model, nn.MultiheadAttention) else tokens(4, 3)(0)
+        output = model(*inputs)
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+        optimizer.step()
+        rst.step()
+
+    update()
+    finalize_quietly(rst)
+    update()
+    worked_on.clear()
+    update()
+    assert sorted(worked_on) == ["mask_gradient"] * len(rst.masks) + ["zero"] * len(rst.masks)
 
 
 @pytest.mark.parametrize("owner", ["embedding", "head"])

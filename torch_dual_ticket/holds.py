@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .targets import Place
     from .tickets import Ticket
 
+    # What a parameter was when its masked weights were last set to zero; and the shard of a DTensor, strongly: tensors
+    # that are referenced weakly cannot be swapped.
+    Zeroed = tuple[tuple[int, int, int] | None, Tensor | None]
+
 
 class Hold(prune.BasePruningMethod):
     """A target parameter in the hands of a ticket; also the forward pre-hook of its layer.
@@ -58,8 +62,6 @@ class Hold(prune.BasePruningMethod):
         self._cached_for: tuple[Any, ...] = ()
         self._cached_at: tuple[int, torch.dtype] | None = None
         self.watch = GradientWatch(self)
-        self._clean: tuple[int, int, int] | None = None
-        self._shard: Tensor | None = None  # strongly: tensors that are referenced weakly cannot be swapped
         self.carried = False  # the penalty since the last tick
         self.version_at_tick: int | None = None
 
@@ -143,7 +145,7 @@ class Hold(prune.BasePruningMethod):
         if kept is not None and parameter is not None:
             self._cached = self._formed(kept, local(parameter))
         self.__class__ = ActiveHold
-        if parameter is not None and not parameter.is_meta:
+        if parameter is not None and not parameter.is_meta and not self.is_clean(parameter):
             self.zero(parameter)
             self.watch.over(parameter)
 
@@ -156,12 +158,14 @@ class Hold(prune.BasePruningMethod):
         """Set the masked weights to zero. Call it under ``no_grad``."""
         weight = local(parameter)
         clear_(weight, self.mask_for(parameter, weight))
-        self._shard = parameter if is_sharded(parameter) else None
-        self._clean = _stamp(parameter)
+        self.ticket.zeroed[self.name] = _stamp(parameter), parameter if is_sharded(parameter) else None
 
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the parameter is unchanged since its masked weights were set to zero."""
-        return self._clean == _stamp(parameter)
+        return self._zeroed()[0] == _stamp(parameter)
+
+    def _zeroed(self) -> Zeroed:
+        return self.ticket.zeroed.get(self.name, (None, None))
 
     def mask_gradient(self, parameter: Tensor) -> None:
         """Set the gradients of the masked weights to zero. Call it under ``no_grad``."""
@@ -255,7 +259,7 @@ class Hold(prune.BasePruningMethod):
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_id + 1)
         self.ticket.add(self)
         if parameter is not None:
-            self._clean = (parameter._cdata, 0, -1)  # known, but not known to be clean
+            self.ticket.zeroed[self.name] = (parameter._cdata, 0, -1), None  # known, but not known to be clean
             # Not only at the first forward: a child that its parent never calls has none, and clipping comes before
             # the first step.
             self.watch.over(parameter)
@@ -274,7 +278,7 @@ class ActiveHold(Hold):
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
             return
-        shard = self._shard
+        stamp, shard = self._zeroed()
         if shard is not None and mesh_of(parameter) != mesh_of(shard):
             # FSDP2 has gathered the parameter for this forward: a passing copy of shards that are held themselves.
             if self.ticket.by_hand or not self.is_clean(shard):
@@ -282,7 +286,7 @@ class ActiveHold(Hold):
                     self.zero(shard)
                 zero_masked(parameter, self.mask)
         elif self.ticket.by_hand or not self.is_clean(parameter):
-            is_known = self._clean is None or self._clean[0] == parameter._cdata
+            is_known = stamp is None or stamp[0] == parameter._cdata
             if not is_known and in_functional_call(sys._getframe(1)):
                 return
             with torch.no_grad():

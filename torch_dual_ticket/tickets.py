@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from .holds import Zeroed
     from .hooks import Held
     from .masks import Mask
     from .targets import Target
@@ -34,6 +35,7 @@ class Ticket:
     def __init__(self, model: nn.Module | None = None) -> None:
         self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket: no cycle
         self.detached = 0  # holds that have ended
+        self.zeroed: dict[str, Zeroed] = {}  # by parameter name: a tied one is zeroed at one of its places
         self.given_up: set[str] = set()  # parameters that prune.remove took out
         self.enforcing = False
         self.penalty = 0.0
@@ -101,6 +103,7 @@ class Ticket:
         """Set the masked weights to zero, and hold them there."""
         self.reshard()
         self.enforcing = True
+        self.zeroed.clear()
         self.penalty = 0.0
         with torch.no_grad():
             for hold in self.holds:
@@ -118,6 +121,7 @@ class Ticket:
         for hold in self.holds:
             hold.detach()
         self._members.clear()  # it references the holds
+        self.zeroed.clear()
         self.penalty = 0.0
 
     def abandon(self) -> None:

@@ -52,6 +52,8 @@ class GradientWatch:
             self._looks += 1
             return
         self.stop()
+        if any(_is_of_another_place(other) for other in (hooks or {}).values()):
+            return
         hook = partial(_mask_gradient, self._hold)
         is_frozen = not parameter.requires_grad
         if is_frozen:  # it may thaw, and its first gradient be clipped; torch takes no hook before that
@@ -70,6 +72,11 @@ class GradientWatch:
         self._hook = None
 
 
+def _is_of_another_place(hook: object) -> bool:
+    """Whether a hook masks the gradients already: of the same parameter, tied to another place."""
+    return isinstance(hook, partial) and hook.func is _mask_gradient and hook.args[0]() is not None
+
+
 def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
     hold = hold_ref()
     if hold is None:
@@ -79,5 +86,5 @@ def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
             hold.mask_gradient(parameter)
     else:
         hold.mask_gradient(parameter)
-    if hold.primary and parameter.grad is not None:
+    if parameter.grad is not None:
         hold.watch.note_masked(parameter.grad)
