@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -148,3 +149,67 @@ def test_parameter_of_another_shape(shape):
     message = re.escape(f"weight has shape {shape}, but had (4, 6) when the scheduler was built")
     with pytest.raises(RuntimeError, match=message):
         sgd(layer).step()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+def replace(model: nn.Module) -> None:
+    model[4] = nn.Linear(6, 3).double()
+
+
+def drop(model: nn.Module) -> None:
+    del model[4]
+
+
+def clear_hooks(model: nn.Module) -> None:
+    model[4]._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize("change", [replace, drop, clear_hooks])
+@pytest.mark.parametrize("noticed_by", ["step", "finalize"])
+def test_a_layer_that_is_not_in_the_model_any_more(change, noticed_by):
+    """A head may be exchanged on purpose; the scheduler says that it lets go, and speaks of the others from then on."""
+    model = network()
+    rst = hold(model)
+    transformed(model, rst)
+    change(model)
+    notice = rst.step if noticed_by == "step" else partial(finalize_quietly, rst)
+    with pytest.warns(UserWarning, match=r"^4\.weight will not be pruned any more: .* build a new RST") as seen:
+        notice()
+    if noticed_by == "step":
+        assert seen[0].filename == __file__
+        transformed(model, rst)  # and warns no more
+        finalize_quietly(rst)
+    assert list(rst.masks) == list(rst.state_dict()["masks"]) == ["0.weight", "2.weight"]
+    assert rst.sparsity == 0.5
+    assert [layer.name for layer in rst.finalize().layers] == ["0.weight", "2.weight"]
+    transformed(model, rst)
+    assert_holds_zeros(model, rst)
+
+
+def test_all_layers_replaced():
+    model = network()
+    rst = hold(model)
+    for index in (0, 2, 4):
+        model[index] = nn.Linear(6, 6).double()
+    with pytest.warns(UserWarning, match=r"^0\.weight, 2\.weight, 4\.weight will not be pruned"):
+        rst.step()
+    with pytest.raises(RuntimeError, match="holds no layer"):
+        rst.finalize()
+
+
+def test_one_of_two_owners_of_a_tied_weight_replaced():
+    model = network()
+    model[2].weight = model[0].weight
+    rst = hold(model)
+    transformed(model, rst)
+    kept = rst.masks["0.weight"]
+    model[0] = nn.Linear(6, 6).double()
+    transformed(model, rst)
+    report = finalize_quietly(rst)
+    assert [layer.name for layer in report.layers] == ["0.weight", "4.weight"]
+    transformed(model, rst)
+    assert torch.equal(model[2].weight != 0, kept)
+    assert (model[0].weight != 0).all()

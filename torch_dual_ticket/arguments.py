@@ -72,8 +72,8 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
     """There is something to finalise: layers in hand and in reach, and an update that carried the penalty."""
     if not ticket.holds:
         raise RuntimeError(
-            "this scheduler holds no layer: it was removed, or it is a copy made during the transformation. Build a new"
-            " RSTScheduler on the model."
+            "this scheduler holds no layer: it was removed, or it is a copy made during the transformation, or all its"
+            " layers were replaced. Build a new RSTScheduler on the model."
         )
     if not (ticks or ticket.has_ever_carried()):
         raise RuntimeError(

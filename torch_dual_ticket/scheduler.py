@@ -128,9 +128,11 @@ class RSTScheduler:
         does not count. After :meth:`finalize` it does nothing.
         """
         ticket = self._ticket
-        if ticket.enforcing or not ticket.primary_holds:
+        if ticket.enforcing:
             return
         ticket.check_reachable()
+        if not ticket.holds:
+            return
         if not (self._ticks or self._seed_is_given):
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)

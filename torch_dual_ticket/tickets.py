@@ -36,7 +36,8 @@ class Ticket:
         self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket: no cycle
         self.detached = 0  # holds that have ended
         self.zeroed: dict[str, Zeroed] = {}  # by parameter name: a tied one is zeroed at one of its places
-        self.given_up: set[str] = set()  # parameters that prune.remove took out
+        self._names: dict[str, None] = {}  # of the parameters, in their order
+        self.given_up: set[str] = set()  # parameters that prune.remove took out, or whose layers are gone
         self.enforcing = False
         self.penalty = 0.0
         self.by_hand = False  # the updates are not a torch.optim.Optimizer's: apply_penalty() has been called
@@ -67,6 +68,7 @@ class Ticket:
 
     def add(self, hold: Hold) -> None:
         self._holds.append(weakref.ref(hold))
+        self._names[hold.name] = None
 
     @property
     def holds(self) -> list[Hold]:
@@ -76,15 +78,31 @@ class Ticket:
     @property
     def primary_holds(self) -> list[Hold]:
         """One hold for each parameter."""
-        return [hold for hold in self.holds if hold.primary]
+        first: dict[str, Hold] = {}
+        for hold in self.holds:
+            first.setdefault(hold.name, hold)
+        return list(first.values())
 
     def device_of(self, name: str) -> torch.device:
         """Where a parameter is; the CPU if it is held no more."""
         return next((hold.device() for hold in self.holds if hold.name == name), torch.device("cpu"))
 
     def check_reachable(self) -> None:
-        """Every parameter is where it was; ``RuntimeError`` names the first that is not."""
-        for hold in self.primary_holds:
+        """Every parameter is where it was; ``RuntimeError`` names the first that is not.
+
+        One whose layer is gone is given up, with a warning: a head may have been exchanged on purpose.
+        """
+        holds = self.primary_holds
+        lost = [name for name in self._names if name not in self.given_up.union(hold.name for hold in holds)]
+        if lost:
+            self.given_up.update(lost)
+            warnings.warn(
+                f"{', '.join(lost[:3])}{', …' if lost[3:] else ''} will not be pruned any more: the layer was dropped"
+                " or replaced in the model, or its hooks were cleared, after the scheduler was built. To prune what is"
+                " in its place, build a new RSTScheduler, after remove() on this one.",
+                stacklevel=3,
+            )
+        for hold in holds:
             hold.check_reachable()
 
     def set_masks(self, masks: Mapping[str, Mask]) -> None:
@@ -120,6 +138,7 @@ class Ticket:
         """Let go of the model: no hook is left."""
         for hold in self.holds:
             hold.detach()
+        self._names.clear()
         self._members.clear()  # it references the holds
         self.zeroed.clear()
         self.penalty = 0.0
