@@ -6,7 +6,7 @@ The backend runs the graphs as they were captured: what may go wrong for a hook 
 import pytest
 import torch
 from lives import assert_same_life, updates
-from models import INPUT_SHAPES, loss_of, mlp
+from models import INPUT_SHAPES, batch, loss_of, mlp
 
 # what torch says about itself while it compiles
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler", "ignore:`torch.jit", "ignore::DeprecationWarning:torch")
@@ -60,6 +60,28 @@ def test_a_step_within_a_compiled_function():
         return update
 
     assert_same_life(train_with(*OPTIMIZERS["adam-capturable"], compiled))
+
+
+def test_a_compiled_training_step():
+    """Forward, backward and update in one compiled function; by hand, the same but for the compiler."""
+
+    def train(model, side):
+        torch.compiler.reset()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+        def step(x, y):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            if side.by_hand:
+                side.before_update()
+            optimizer.step()
+
+        step = step if side.by_hand else torch.compile(step, backend="eager")
+        for index in updates(side):
+            step(*batch(index, INPUT_SHAPES[mlp]))
+            side.after_update()
+
+    assert_same_life(train)
 
 
 def test_the_update_itself_is_compiled():

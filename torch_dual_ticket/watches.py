@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from .shards import is_offloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
@@ -54,7 +56,7 @@ class GradientWatch:
         self.stop()
         if any(_is_of_another_place(other) for other in (hooks or {}).values()):
             return
-        hook = partial(_mask_gradient, self._hold)
+        hook = partial(_uncompiled(), self._hold)
         is_frozen = not parameter.requires_grad
         if is_frozen:  # it may thaw, and its first gradient be clipped; torch takes no hook before that
             parameter.requires_grad_(True)
@@ -74,7 +76,14 @@ class GradientWatch:
 
 def _is_of_another_place(hook: object) -> bool:
     """Whether a hook masks the gradients already: of the same parameter, tied to another place."""
-    return isinstance(hook, partial) and hook.func is _mask_gradient and hook.args[0]() is not None
+    return isinstance(hook, partial) and hook.func is _uncompiled() and hook.args[0]() is not None
+
+
+@cache
+def _uncompiled() -> Callable[..., None]:
+    """The hook, marked: a compiled training step would trace into it. Not at import, where that loads the compiler."""
+    hook: Callable[..., None] = torch.compiler.disable(_mask_gradient)  # type: ignore[no-untyped-call]
+    return hook
 
 
 def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
