@@ -186,6 +186,31 @@ def test_a_restart_with_assigned_parameters(moment, order):
     assert_identical(resumed.go_on(END).states(), expected)
 
 
+class Borrowing(nn.Module):
+    """It uses the weight of a child that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lender = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.lender.weight, self.lender.bias)
+
+
+def test_an_assigned_parameter_of_a_layer_that_is_never_called_is_found_at_the_next_step():
+    """Nothing happens before that at which it could be: of that one update, clipping sees the whole gradient."""
+    states = Run(Borrowing, seed=1).go_on(12).states()
+    resumed = Run(Borrowing, seed=1).load(states, ORDERS[1], 12, assign=True)
+    resumed.optimizer = torch.optim.SGD(resumed.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    weight, kept = resumed.model.lender.weight, resumed.rst.masks["lender.weight"]
+    for update, gradient_is_masked in ((12, False), (13, True), (14, True)):
+        resumed.optimizer.zero_grad()
+        loss_of(resumed.model, update, SHAPE).backward()
+        assert bool((weight.grad[~kept] == 0).all()) is gradient_is_masked
+        resumed.optimizer.step()
+        assert torch.equal(weight != 0, kept)
+
+
 @pytest.mark.parametrize("back_from", [5, 10, 14])
 @pytest.mark.parametrize("back_to", [0, 3, 12])
 def test_going_back_to_an_earlier_checkpoint_in_the_same_process(back_to, back_from):
