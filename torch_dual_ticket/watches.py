@@ -47,9 +47,9 @@ class GradientWatch:
         hooks = parameter._post_accumulate_grad_hooks
         if self._hook is not None and hooks and self._hook.id in hooks and self._watched == parameter._cdata:
             grad = parameter.grad
-            # A hook before ours may be taking the step at this moment. And a gradient that did not come from backward()
-            # has not met our hook: torch.autograd.grad, gradient surgery.
-            if grad is not None and (next(iter(hooks)) != self._hook.id or grad.__dict__.get(_MARK) != self._looks):
+            # It has not met our hook if one before ours is taking the step at this moment, or if it did not come from
+            # backward(): torch.autograd.grad, gradient surgery.
+            if grad is not None and grad.__dict__.get(_MARK) != self._looks:
                 hold.mask_gradient(parameter)
             self._looks += 1
             return
