@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 from comparison.cells import Cell
 from comparison.engines import choose
-from comparison.methods import BY_MAGNITUDE, ITERATIVE, PENALISED, SEARCHES
-from comparison.options import MAGNITUDES, parse
+from comparison.methods import ANNEALED_ONCE, BY_MAGNITUDE, ITERATIVE, PENALISED, SEARCHES
+from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
 from comparison.records import Records
 from comparison.report import Report
@@ -42,8 +42,6 @@ from comparison.training import load
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
-
-TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
 
 
 @dataclass
@@ -71,6 +69,8 @@ class Comparison:
                 search=o.search if method in SEARCHES else 0.0,
                 cycles=o.cycles if method in ITERATIVE else 1,
                 magnitude=o.magnitude if method in BY_MAGNITUDE else "",
+                anneal=o.anneal if method in ANNEALED_ONCE else "each",
+                pixels=o.pixels,
                 autocast=o.autocast,
                 compile=o.compile,
                 ranks=dist.get_world_size() if dist.is_initialized() else 1,
@@ -89,8 +89,8 @@ class Comparison:
         """Make what is missing; the results of all final runs."""
         rows = self.cells()
         dense = next((row for row in rows if row.method == "dense"), None)
-        if dense is None and any(row.method in SEARCHES for row in rows):
-            dense = replace(rows[0], method="dense", sparsity=0.0, search=0.0, cycles=1, magnitude="")
+        if dense is None and any(row.method in SEARCHES and row.anneal == "each" for row in rows):
+            dense = replace(rows[0], method="dense", sparsity=0.0, search=0.0, cycles=1, magnitude="", anneal="each")
             dense = replace(dense, schedule="", max_penalty=0.0, hold=0.0)
         others = [row for row in rows if row.method != "dense"]
         rates, seeds = self.options.rates, self.options.seeds
@@ -101,7 +101,8 @@ class Comparison:
         chosen = self.choose_rates([dense] if dense else [])
         if dense:
             best = chosen[dense].rate
-            others = [replace(row, dense_rate=best if row.method in SEARCHES else 0.0) for row in others]
+            has_two = {row for row in others if row.method in SEARCHES and row.anneal == "each"}
+            others = [replace(row, dense_rate=best if row in has_two else 0.0) for row in others]
         chosen = {row: chosen[row] for row in rows if row in chosen} | self.choose_rates(others)
         return self.make(replace(cell, seed=seed) for cell in chosen.values() for seed in range(seeds))
 
@@ -137,7 +138,7 @@ class Comparison:
 
 
 def description(options: argparse.Namespace, command: list[str]) -> str:
-    data = load(options.data, options.data_dir, torch.device("cpu"))
+    data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
     sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
     trials = f"{len(options.rates)} learning rates ({', '.join(f'{rate:g}' for rate in options.rates)})"
     if len(options.rates) > 1:

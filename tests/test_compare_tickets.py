@@ -15,15 +15,17 @@ from pathlib import Path
 import compare_tickets
 import numpy as np
 import pytest
+import search_transformation
 import torch
-from comparison import engines, training
+from comparison import engines, methods, training
 from comparison.cells import Cell
 from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip, fashion_mnist, read_idx
 from comparison.flops import FlopCount
-from comparison.methods import METHODS, PENALISED
+from comparison.methods import ANNEALED_ONCE, METHODS, PENALISED
 from comparison.models import MODELS
 from comparison.records import Records
 from comparison.report import Report
+from comparison.training import share_of_rate
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -69,11 +71,56 @@ def test_every_method_makes_the_same_number_of_updates(method, monkeypatch):
     finally:
         handle.remove()
     assert len(steps) == CELL.updates == result["dense_updates"] + result["sparse_updates"]
-    assert parts == ["validation", "test"]
+    looks_at_masked = method in ANNEALED_ONCE
+    assert parts == ["validation"] * (1 + looks_at_masked) + ["test"]
+    assert (result["masked"] is not None) == looks_at_masked
     assert result["achieved_sparsity"] == (0 if method == "dense" else pytest.approx(0.8, abs=1e-4))
     assert (result["residual"] is not None) == (method in PENALISED)
     if method not in ("dense", "scratch", "scratch-ERK", "LTH-iter"):
         assert result["dense_updates"] == CELL.updates / 2
+
+
+@pytest.mark.parametrize("method", sorted(ANNEALED_ONCE))
+def test_the_rate_falls_in_each_stretch_or_once_over_all(method, monkeypatch):
+    rates, optimizers = [], []
+
+    def note(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        if optimizer not in optimizers:
+            optimizers.append(optimizer)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        for anneal in ("each", "once"):
+            training.run_cell(cell(method, anneal=anneal), None, CPU)
+    finally:
+        handle.remove()
+    each, once = rates[: CELL.updates], rates[CELL.updates :]
+    peaks = [index for index in range(1, CELL.updates - 1) if each[index - 1] < each[index] > each[index + 1]]
+    assert len(peaks) == 2
+    assert max(each[:20]) < 0.05 < max(each[20:]) < CELL.rate  # dense_rate before the mask
+    assert once == [CELL.rate * share_of_rate((update + 1) / (CELL.updates + 1)) for update in range(CELL.updates)]
+    assert len(optimizers) == 3
+
+
+def test_the_penalty_may_begin_later(monkeypatch):
+    began = []
+    build = methods.RSTScheduler.__init__
+
+    def note(self, *args, **keywords):
+        began.append(len(steps))
+        assert keywords["steps"] + keywords["hold"] == 10
+        build(self, *args, **keywords)
+
+    steps = []
+    monkeypatch.setattr(methods.RSTScheduler, "__init__", note)
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        result = training.run_cell(cell("RST", delay=0.5), None, CPU)
+    finally:
+        handle.remove()
+    assert began == [10]
+    assert (result["dense_updates"], result["sparse_updates"]) == (20, 20)
 
 
 def test_a_tuning_run_does_not_look_at_the_test_part(monkeypatch):
@@ -177,10 +224,24 @@ def test_augmentation_crops_and_flips():
     flips = torch.tensor([False, True, True])
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     for made, image, (row, column), flip in zip(
-        crop_and_flip(images, offsets, flips), padded, offsets, flips, strict=True
+        crop_and_flip(images, 4, offsets, flips), padded, offsets, flips, strict=True
     ):
         crop = image[:, row : row + 5, column : column + 5]
         assert torch.equal(made, crop.flip(-1) if flip else crop)
+
+
+def test_images_are_averaged_to_fewer_pixels():
+    data = training.load("digits", None, CPU, 4)
+    whole = DATA["digits"](None)
+    for part, (x, y) in data.parts.items():
+        expected = whole.parts[part][0].float().unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
+        assert (x.float() - expected).abs().max() <= 0.5
+        assert torch.equal(y, whole.parts[part][1])
+    assert data.example_shape == (1, 4, 4)
+    assert data.example().shape == (1, 1, 4, 4)
+    assert data.border == 0
+    small, large = (training.run_cell(cell("dense", pixels=n), None, CPU)["training_flops"] for n in (4, 0))
+    assert large - small == 3 * CELL.updates * CELL.batch * 2 * 300 * (64 - 16)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -328,6 +389,44 @@ def test_several_penalties_make_a_row_each(tmp_path):
     labels = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| 80 %")]
     variants = ["linear, λ≤1", "linear, λ≤10", "cubic, λ≤1", "cubic, λ≤10"]
     assert labels == ["scratch", *(f"RST ({variant})" for variant in variants)]
+
+
+def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--methods",
+        "scratch",
+        "L1",
+        "RST",
+        "--sparsity",
+        "0.8",
+        "--updates",
+        "40",
+        "--searches",
+        "0.25",
+        "0.5",
+    ]
+    arguments += ["--rates", "0.05", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["search_transformation.py", *arguments])
+    search_transformation.main()
+    records = Records(tmp_path / "records.jsonl").results
+    # scratch; L1 by search and fall of the rate; RST by these and the penalty; each by rate and seed.
+    assert len(records) == (1 + 2 * 2 + 2 * 2 * 2) * 2 * 2
+    assert all(cell.tuning and cell.seed >= 1000 and result["test"] is None for cell, result in records.items())
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| 80 %")]
+    assert len(rows) == 1 + 4 + 8
+    scratch = next(row for row in rows if row[1] == "scratch")
+    means = {
+        rate: sum(r["validation"] for c, r in records.items() if (c.method, c.rate) == ("scratch", rate)) / 2
+        for rate in (0.05, 0.1)
+    }
+    best = max(means, key=means.get)
+    assert scratch[7] == f"{best:g}"
+    assert scratch[-1].startswith(f"{means[best]:.2f}")
+    written = (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(training, "run_cell", None)
+    search_transformation.main()  # nothing is missing
+    assert (tmp_path / "table.md").read_text() == written
+    capsys.readouterr()
 
 
 # ---------------------------------------------------------------------- the report

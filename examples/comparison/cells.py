@@ -24,6 +24,9 @@ class Cell:
     schedule: str = ""  # of RST's penalty
     max_penalty: float = 0.0
     hold: float = 0.0  # part of a cycle in which the penalty stays at its ceiling
+    delay: float = 0.0  # part of the search that is plain training, before the penalty begins
+    anneal: str = "each"  # whether the learning rate falls in "each" stretch of training, or "once" over all
+    pixels: int = 0  # height and width that images are averaged to; 0 leaves them as they are
     autocast: str = "off"
     compile: bool = False
     ranks: int = 1  # of DistributedDataParallel

@@ -32,11 +32,22 @@ class Images:
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
         chosen = {"validation": order[:validation], "train": order[validation:]}
         self.parts = {name: (train[0][which], train[1][which]) for name, which in chosen.items()} | {"test": test}
+        self.augment = augment
+        self.classes = int(train[1].max()) + 1
+        self._look_at_pixels()
+
+    def _look_at_pixels(self) -> None:
         pixels = self.parts["train"][0].float()
         self.mean, self.std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
-        self.augment = augment
         self.example_shape = tuple(pixels.shape[1:])
-        self.classes = int(train[1].max()) + 1
+
+    def averaged(self, size: int) -> Images:
+        """The same with size × size pixels, each the mean of those it stands for: for computers without a GPU."""
+        for name, (x, y) in self.parts.items():
+            smaller = [F.adaptive_avg_pool2d(images.float(), size).round_().byte() for images in x.split(1000)]
+            self.parts[name] = torch.cat(smaller), y
+        self._look_at_pixels()
+        return self
 
     def to(self, device: torch.device) -> Images:
         self.parts = {name: (x.to(device), y.to(device)) for name, (x, y) in self.parts.items()}
@@ -46,6 +57,11 @@ class Images:
     @property
     def sizes(self) -> dict[str, int]:
         return {name: len(y) for name, (_, y) in self.parts.items()}
+
+    @property
+    def border(self) -> int:
+        """Pixels of padding before a crop: 4 for CIFAR's 32 × 32."""
+        return self.example_shape[-1] // 8
 
     def example(self) -> Tensor:
         """One example, as the model gets it."""
@@ -58,13 +74,13 @@ class Images:
         while True:
             order = torch.randperm(len(x), generator=generator)
             for chosen in order[: max(size, len(order) // size * size)].split(size):  # whole batches only
-                offsets = torch.randint(9, (len(chosen), 2), generator=generator)
+                offsets = torch.randint(2 * self.border + 1, (len(chosen), 2), generator=generator)
                 flips = torch.rand(len(chosen), generator=generator) < 0.5
                 mine = slice(rank, None, ranks)
                 which = chosen[mine].to(x.device)
                 images = self._scale(x[which])
                 if self.augment:
-                    images = crop_and_flip(images, offsets[mine].to(x.device), flips[mine].to(x.device))
+                    images = crop_and_flip(images, self.border, offsets[mine].to(x.device), flips[mine].to(x.device))
                 yield images, y[which]
 
     def evaluation_batches(self, part: str) -> Iterator[Part]:
@@ -76,10 +92,10 @@ class Images:
         return images.float().sub_(self.mean).div_(self.std)
 
 
-def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-    """The usual augmentation of CIFAR: a crop of the image padded by 4 on each side, mirrored half of the time."""
+def crop_and_flip(images: Tensor, border: int, offsets: Tensor, flips: Tensor) -> Tensor:
+    """The usual augmentation of CIFAR: a crop of the image padded on each side, mirrored half of the time."""
     count, _, height, width = images.shape
-    padded = F.pad(images, (4, 4, 4, 4))
+    padded = F.pad(images, (border,) * 4)
     rows = offsets[:, 0, None] + torch.arange(height, device=images.device)
     columns = offsets[:, 1, None] + torch.arange(width, device=images.device)
     columns = torch.where(flips[:, None], columns.flip(1), columns)

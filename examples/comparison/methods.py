@@ -39,6 +39,7 @@ def magnitude(job: Job) -> None:
         job.model, job.cell.sparsity, distribution=job.cell.magnitude, exclude=job.recipe.dense_layers
     )
     job.ticket = hold(job.model, masks)
+    job.look_at_masked()
     job.train(job.left, job.cell.rate)
 
 
@@ -65,13 +66,17 @@ def random_after_dense(job: Job) -> None:
     """RST without its penalty: train, mask at random, finetune."""
     job.train(job.search, job.cell.dense_rate)
     job.ticket = random_ticket(job.model, job.cell.sparsity, **job.same_mask)
+    job.look_at_masked()
     job.train(job.left, job.cell.rate)
 
 
 def rst(job: Job, cycles: int = 1) -> None:
     """Train under the growing penalty, mask, finetune."""
     cell = job.cell
-    length = job.search // cycles
+    delay = round(cell.delay * job.search)
+    if delay:
+        job.train(delay, cell.dense_rate)
+    length = (job.search - delay) // cycles
     held = min(length - 1, round(cell.hold * length))
     job.ticket = rst = RSTScheduler(
         job.model,
@@ -83,11 +88,12 @@ def rst(job: Job, cycles: int = 1) -> None:
         cycles=cycles,
         **job.same_mask,
     )
-    job.train(job.search, cell.dense_rate, after_update=rst.step)
+    job.train(job.search - delay, cell.dense_rate, after_update=rst.step)
     job.residual = rst.residual()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the masked weights still held")  # the table says how much
         rst.finalize()
+    job.look_at_masked()
     job.train(job.left, cell.rate)
 
 
@@ -109,4 +115,5 @@ METHODS: dict[str, Callable[[Job], None]] = {
 SEARCHES = {"L1", "LTH", "LTH-iter", "random-after-dense", "RST", "RST-iter"}
 BY_MAGNITUDE = {"L1", "LTH", "LTH-iter"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
+ANNEALED_ONCE = {"L1", "random-after-dense", "RST", "RST-iter"}  # where nothing is rewound
 PENALISED = {"RST", "RST-iter"}

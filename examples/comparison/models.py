@@ -135,7 +135,7 @@ MODELS = {
     "convnet": Recipe(SmallConvNet, ("0", "14"), sgd, (0.03, 0.1, 0.3), "images"),
     **{
         f"resnet{depth}": Recipe(partial(ResNet, depth=depth), ("conv", "fc"), sgd, (0.03, 0.1, 0.3), "images")
-        for depth in (20, 32, 56)
+        for depth in (8, 20, 32, 56)
     },
     "char-transformer": Recipe(CharTransformer, ("head",), adamw, (3e-4, 1e-3, 3e-3), "text"),
 }

@@ -18,6 +18,7 @@ from .training import load
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
 MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
 
 
@@ -39,6 +40,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     what("--data", choices=DATA, default="digits", help="default: digits, which come with scikit-learn")
     text = "folder with the idx files (fashion-mnist) or with cifar-10-batches-bin (cifar10); for text, the file"
     what("--data-dir", type=Path, metavar="PATH", help=text)
+    text = "average images to N × N pixels, for computers without a GPU; default: as they are"
+    what("--pixels", type=at_least(1), default=0, metavar="N", help=text)
     what("--model", choices=MODELS, default="lenet-300-100", help="default: lenet-300-100")
     what("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="default: all of the above")
     text = "fractions of weights to remove; default: 0.9 0.95 0.98"
@@ -53,6 +56,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     text = "learning rates that each method may choose from; default: three, by model"
     budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
     text = "runs, with seeds of their own, that try each learning rate; default: 1"
+    text = (
+        "each: the learning rate rises and falls in each stretch of training, with a new optimizer; once: over the"
+        " search and the training of the ticket together, except for LTH, which starts again; default: each"
+    )
+    budget("--anneal", choices=("each", "once"), default="each", help=text)
     budget("--tuning-seeds", type=at_least(1), default=1, metavar="N", help=text)
 
     how = parser.add_argument_group("how the methods work").add_argument
@@ -112,6 +120,8 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if (recipe.reads == "text") != (options.data == "text"):
         parser.error(f"--model {options.model} reads {recipe.reads}, --data {options.data} is something else")
+    if options.pixels and options.data == "text":
+        parser.error("--pixels is for images")
     if ranks > 1 and (options.jobs > 1 or options.engine != "local"):
         parser.error("under torchrun all ranks train one model together: leave out --jobs and --engine")
     if options.engine == "ray" and importlib.util.find_spec("ray") is None:
@@ -122,7 +132,7 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--updates {options.updates} leave too few for a search in {options.cycles} cycles")
     try:
         torch.empty(0, device=options.device)
-        load(options.data, options.data_dir, torch.device("cpu"))
+        load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error))
     return options

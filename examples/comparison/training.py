@@ -31,8 +31,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str, folder: Path | None, device: torch.device) -> Images | Text:
-    return DATA[name](folder).to(device)
+def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) -> Images | Text:
+    data = DATA[name](folder)
+    return (data.averaged(pixels) if pixels else data).to(device)
 
 
 class Job:
@@ -44,10 +45,12 @@ class Job:
         self.recipe = MODELS[cell.model]
         self.model = self.recipe.build(data.example_shape, data.classes).to(device)
         self.ticket: Any = None  # whatever has `masks` of what it holds at zero
-        self.residual: float | None = None
+        self.residual: float | None = None  # of RST, when its transformation ended
+        self.masked: float | None = None  # validation accuracy just after the mask, where weights survive it
         self.search = round(cell.search * cell.updates)
         self.done = {"dense": 0, "sparse": 0}
         self.training_flops = 0.0
+        self._optimizer: torch.optim.Optimizer | None = None
         self._flops = FlopCount(self.model, data.example())
         self._forward: nn.Module = self.model
         self._rank, self._ranks = 0, 1
@@ -73,17 +76,26 @@ class Job:
         """What is held at zero now: nothing while RST is in its transformation."""
         return {} if self.ticket is None or getattr(self.ticket, "phase", "") == "transform" else self.ticket.masks
 
+    def look_at_masked(self) -> None:
+        """What the mask leaves of what was learnt before it."""
+        self.masked = accuracy(self.model, self.data, "validation")
+
     def train(self, updates: int, rate: float, after_update: Callable[[], None] | None = None) -> None:
-        """A stretch of training with an optimizer and a learning-rate schedule of its own."""
+        """A stretch of training, with an optimizer and a learning-rate schedule of its own unless all share one."""
         masks = dict(self.masks)
+        first, last = 0, updates
+        if self.cell.anneal == "once":
+            first, last, rate = sum(self.done.values()), self.cell.updates, self.cell.rate
         self.done["sparse" if masks else "dense"] += updates
         self.training_flops += self._flops.training(updates, self.cell.batch, masks)
-        optimizer = self.recipe.optimizer(self.model.parameters(), rate)
+        if self._optimizer is None or first == 0:
+            self._optimizer = self.recipe.optimizer(self.model.parameters(), rate)
+        optimizer = self._optimizer
         half = DTYPES.get(self.cell.autocast)
         scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
         for update in range(updates):
             for group in optimizer.param_groups:
-                group["lr"] = rate * share_of_rate((update + 1) / (updates + 1))
+                group["lr"] = rate * share_of_rate((first + update + 1) / (last + 1))
             x, y = next(self._batches)
             optimizer.zero_grad()
             with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
@@ -107,7 +119,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train and measure; the test set is looked at once, after the last update, and not at all in tuning runs."""
     started = time.perf_counter()
-    data = load(cell.data, folder, device)
+    data = load(cell.data, folder, device, cell.pixels)
     job = Job(cell, data, device, tick)
     METHODS[cell.method](job)
     assert job.left == 0
@@ -120,6 +132,7 @@ def run_cell(
         "test": None if cell.tuning else accuracy(job.model, data, "test"),
         "achieved_sparsity": sum(held) / max(1, sum(mask.numel() for mask in masks.values())),
         "residual": job.residual,
+        "masked": job.masked,
         "dense_updates": job.done["dense"],
         "sparse_updates": job.done["sparse"],
         "training_flops": job.training_flops,

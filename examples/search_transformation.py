@@ -1,0 +1,152 @@
+"""Which settings make RST's transformation worth its updates? A grid of them, judged on the validation part alone.
+
+Every setting of the grid is trained with every learning rate and seed, on the same total budget; its row has the rate
+that is best on average. The test part is never looked at, and the seeds are those of ``compare_tickets.py``'s choices,
+not of its results. Methods without a penalty (scratch, random-after-dense, L1, LTH) are rows to compare with.
+
+Every finished run is a line in OUT/records.jsonl. The same command again makes only the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from comparison.cells import Cell
+from comparison.data import DATA
+from comparison.engines import choose
+from comparison.methods import ANNEALED_ONCE, BY_MAGNITUDE, ITERATIVE, METHODS, PENALISED, SEARCHES
+from comparison.models import MODELS
+from comparison.options import TUNING_SEED
+from comparison.progress import ProgressBar
+from comparison.records import Records
+from comparison.report import estimate
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=DATA, default="digits")
+    add("--data-dir", type=Path)
+    add("--pixels", type=int, default=0, help="average images to this height and width")
+    add("--model", choices=MODELS, default="lenet-300-100")
+    add("--methods", nargs="+", choices=METHODS, default=["scratch", "RST"])
+    add("--sparsity", nargs="+", type=float, default=[0.9, 0.98])
+    add("--updates", type=int, default=6000)
+    add("--batch", type=int, default=64)
+    add("--searches", nargs="+", type=float, default=[0.1, 0.25, 0.5], help="part of the updates before the mask")
+    add("--anneals", nargs="+", choices=("each", "once"), default=["each", "once"], help="see compare_tickets.py")
+    add("--schedules", nargs="+", choices=("linear", "quadratic", "cubic"), default=["linear", "cubic"])
+    add("--max-penalties", nargs="+", type=float, default=[1.0])
+    add("--holds", nargs="+", type=float, default=[0.2], help="part of a cycle at the ceiling")
+    add("--delays", nargs="+", type=float, default=[0.0], help="part of the search before the penalty begins")
+    add("--cycles", type=int, default=3)
+    add("--rates", nargs="+", type=float, help="default: three, by model")
+    add("--dense-rate", type=float, help="of the search where rates fall in each stretch; default: the rate itself")
+    add("--seeds", type=int, default=2)
+    add("--jobs", type=int, default=1)
+    add("--device", type=torch.device, default=torch.device("cpu"))
+    add("--out", type=Path, default=Path("search-results"))
+    return parser
+
+
+def settings(options: argparse.Namespace) -> list[Cell]:
+    """The grid without rates and seeds; a method varies only in what it has."""
+    found: dict[Cell, None] = {}
+    grid = itertools.product(options.sparsity, options.methods, options.searches, options.anneals)
+    penalties = list(itertools.product(options.schedules, options.max_penalties, options.holds, options.delays))
+    for (sparsity, method, search, anneal), (schedule, ceiling, hold, delay) in itertools.product(grid, penalties):
+        penalised = method in PENALISED
+        found[
+            Cell(
+                data=options.data,
+                model=options.model,
+                method=method,
+                seed=0,
+                updates=options.updates,
+                batch=options.batch,
+                dense_rate=0.0,
+                rate=0.0,
+                sparsity=0.0 if method == "dense" else sparsity,
+                search=search if method in SEARCHES else 0.0,
+                cycles=options.cycles if method in ITERATIVE else 1,
+                magnitude="uniform" if method in BY_MAGNITUDE else "",
+                schedule=schedule if penalised else "",
+                max_penalty=ceiling if penalised else 0.0,
+                hold=hold if penalised else 0.0,
+                delay=delay if penalised else 0.0,
+                anneal=anneal if method in ANNEALED_ONCE else "each",
+                pixels=options.pixels,
+                tuning=True,
+            )
+        ] = None
+    return list(found)
+
+
+def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> str:
+    header = ["sparsity", "method", "search", "rate falls", "penalty", "hold", "delay", "rate"]
+    header += ["just masked, %", "residual", "validation, %"]
+    lines = ["| " + " | ".join(header) + " |", "|---:|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
+
+    def best(row: Cell) -> tuple[float, list[dict]]:
+        runs = {rate: [records.results[cell] for cell in runs_of(options, row, rate)] for rate in options.rates}
+        return max(runs.items(), key=lambda item: sum(result["validation"] for result in item[1]))
+
+    found = [(row, *best(row)) for row in rows]
+    found.sort(key=lambda item: (item[0].sparsity, -sum(result["validation"] for result in item[2])))
+    for row, rate, results in found:
+        masked, residual = (
+            "" if results[0][name] is None else f"{sum(r[name] for r in results) / len(results):.{digits}}"
+            for name, digits in (("masked", "1f"), ("residual", "2%"))
+        )
+        penalised = row.method in PENALISED
+        cells = [
+            f"{100 * row.sparsity:g} %",
+            row.method,
+            f"{row.search:.0%}" if row.search else "",
+            row.anneal if row.method in ANNEALED_ONCE else "",
+            row.variant,
+            f"{row.hold:g}" if penalised else "",
+            f"{row.delay:g}" if penalised else "",
+            f"{rate:g}",
+            masked,
+            residual,
+            str(estimate([result["validation"] for result in results])),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def runs_of(options: argparse.Namespace, row: Cell, rate: float) -> list[Cell]:
+    dense_rate = (options.dense_rate or rate) if row.method in SEARCHES and row.anneal == "each" else 0.0
+    seeds = range(TUNING_SEED, TUNING_SEED + options.seeds)
+    return [replace(row, rate=rate, dense_rate=dense_rate, seed=seed) for seed in seeds]
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    options.rates = sorted(options.rates or MODELS[options.model].rates)
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = Records(options.out / "records.jsonl")
+    rows = settings(options)
+    cells = [cell for row in rows for rate in options.rates for cell in runs_of(options, row, rate)]
+    missing = [cell for cell in cells if cell not in records.results]
+    with ProgressBar() as progress:
+        progress.start(len(missing) * options.updates)
+        engine = choose("local", options.jobs)
+        for cell, result in engine(missing, options.data_dir, options.device, progress.advance):
+            records.add(cell, result)
+            progress.say(cell, result)
+    text = f"    {shlex.join(['python', 'examples/search_transformation.py', *sys.argv[1:]])}\n\n"
+    text += table(options, rows, records)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
