@@ -62,8 +62,6 @@ class Hold(prune.BasePruningMethod):
         self._cached_for: tuple[Any, ...] = ()
         self._cached_at: tuple[int, torch.dtype] | None = None
         self.watch = GradientWatch(self)
-        self.carried = False  # the penalty since the last tick
-        self.version_at_tick: int | None = None
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Nothing: the dense network is trained."""
@@ -115,9 +113,12 @@ class Hold(prune.BasePruningMethod):
         return self._cached
 
     def _formed(self, kept: Tensor, weight: Tensor) -> Tensor:
+        """Of a bool tensor that nobody else has: where it can, the result takes its memory."""
         enforcing, small = self.ticket.enforcing, weight.numel() <= SMALL
         dtype = torch.uint8 if not small else torch.bool if enforcing else weight.dtype
-        chosen = kept if enforcing and not small else kept.logical_not()
+        chosen = kept if enforcing and not small else kept.logical_not_()
+        if not small and chosen.stride() == weight.stride():
+            return chosen.view(dtype)
         return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(chosen)
 
     def layer(self) -> nn.Module:
@@ -140,10 +141,12 @@ class Hold(prune.BasePruningMethod):
 
     def activate(self) -> None:
         """From now on the masked weights are zero. The ticket must be enforcing already."""
-        kept = None if self._cached is None else self._cached == 0  # 1 stood for masked until now
         parameter = self.parameter()
-        if kept is not None and parameter is not None:
-            self._cached = self._formed(kept, local(parameter))
+        if self._cached is not None and parameter is not None:
+            if self._cached.dtype is torch.uint8:
+                self._cached.bitwise_xor_(1)  # it stood for masked until now
+            else:
+                self._cached = self._formed(self._cached == 0, local(parameter))
         self.__class__ = ActiveHold
         if parameter is not None and not parameter.is_meta and not self.is_clean(parameter):
             self.zero(parameter)
@@ -273,6 +276,8 @@ class ActiveHold(Hold):
         if torch.compiler.is_compiling():
             return
         parameter = self.parameter()
+        if type(parameter) is nn.Parameter and not self.ticket.by_hand and self.is_clean(parameter):
+            return  # the common case
         if parameter is None and module is self._layer():  # and not one that a conversion has given the hook to
             self.check_reachable()
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
@@ -296,6 +301,8 @@ class ActiveHold(Hold):
 
 def _stamp(parameter: Tensor) -> tuple[int, int, int]:
     """Changes with the parameter, its memory and its values; ``.data = …`` changes the memory alone."""
+    if type(parameter) is nn.Parameter:
+        return parameter._cdata, parameter.data_ptr(), parameter._version
     return parameter._cdata, local(parameter).data_ptr(), version(parameter)
 
 

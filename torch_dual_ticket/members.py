@@ -23,7 +23,9 @@ class Members:
 
     def __init__(self, ticket: Ticket, optimizer: Optimizer, groups: Groups) -> None:
         self.held: Held = []
-        self._sources: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._parameters: list[Tensor] = []
         self._missing: list[tuple[weakref.ref[Hold], int]] = []
         seen: set[int] = set()
         for hold in ticket.holds:
@@ -32,7 +34,9 @@ class Members:
             if parameter is None or owner is None or id(parameter) not in groups:
                 self._missing.append((weakref.ref(hold), id(parameter)))
                 continue
-            self._sources.append((owner._parameters, hold.attribute, parameter))
+            self._dicts.append(owner._parameters)
+            self._names.append(hold.attribute)
+            self._parameters.append(parameter)
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 self.held.append((hold, parameter, groups[id(parameter)]))
@@ -48,7 +52,7 @@ class Members:
             and ticket.detached == self._detached
             and len(self._groups) == len(self._listed)
             and all(map(_lists, self._groups, self._listed))
-            and all(parameters.get(name) is parameter for parameters, name, parameter in self._sources)
+            and all(map(operator.is_, map(dict.get, self._dicts, self._names), self._parameters))
             and all((hold := ref()) is None or id(hold.parameter()) == known for ref, known in self._missing)
         )
 

@@ -130,9 +130,10 @@ class RSTScheduler:
         ticket = self._ticket
         if ticket.enforcing:
             return
-        ticket.check_reachable()
-        if not ticket.holds:
-            return
+        if not ticket.everything_carried():
+            ticket.check_reachable()
+            if not ticket.holds:
+                return
         if not (self._ticks or self._seed_is_given):
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)

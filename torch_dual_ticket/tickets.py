@@ -44,6 +44,8 @@ class Ticket:
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next tick
         self.update_pending = False
         self._ever_carried = False
+        self._carried: set[str] = set()  # names of the parameters that got the penalty since the last tick
+        self._version_at_tick: dict[str, int] = {}  # of those that did not before it
         self.optimizer: weakref.ref[Optimizer] | None = None
         self._members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
         self._carrying: int | None = None  # id of the optimizer whose step is about to carry the penalty
@@ -93,7 +95,8 @@ class Ticket:
         One whose layer is gone is given up, with a warning: a head may have been exchanged on purpose.
         """
         holds = self.primary_holds
-        lost = [name for name in self._names if name not in self.given_up.union(hold.name for hold in holds)]
+        known = self.given_up.union(hold.name for hold in holds)
+        lost = [name for name in self._names if name not in known]
         if lost:
             self.given_up.update(lost)
             warnings.warn(
@@ -161,19 +164,19 @@ class Ticket:
         """Whether any update carried the penalty."""
         return self.has_pending_update() or self._ever_carried
 
+    def everything_carried(self) -> bool:
+        """Whether every parameter got the penalty since the last tick; so none of them is out of reach."""
+        return len(self._carried) == len(self._names) - len(self.given_up) > 0
+
     def tick(self) -> None:
         """Begin a new tick; warns, once, if the weights are changed by something that carries no penalty."""
-        bypassed = []
-        for hold in self.primary_holds:
-            parameter = hold.parameter()
-            if hold.carried or parameter is None:
-                hold.version_at_tick = None
-            else:
-                now = version(parameter)
-                if hold.version_at_tick not in (None, now):
-                    bypassed.append(hold.name)
-                hold.version_at_tick = now
-            hold.carried = False
+        versions = {}
+        if not self.everything_carried():
+            looked_up = [(hold.name, hold.parameter()) for hold in self.primary_holds if hold.name not in self._carried]
+            versions = {name: version(parameter) for name, parameter in looked_up if parameter is not None}
+        bypassed = [name for name, now in versions.items() if self._version_at_tick.get(name, now) != now]
+        self._version_at_tick = versions
+        self._carried.clear()
         self._idle_ticks += not self._ever_carried
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
             self._has_warned = True
@@ -194,8 +197,8 @@ class Ticket:
         self.update_pending, self._ever_carried, self.silenced = pending, pending, False
         self._carrying = self._found_inf = None
         self._round += 1
-        for hold in self.holds:
-            hold.carried, hold.version_at_tick = False, None
+        self._carried.clear()
+        self._version_at_tick.clear()
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +216,7 @@ class Ticket:
 
     def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> bool:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns whether any was due."""
-        due: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {1: [], -1: []}
+        due: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {1: ([], [], []), -1: ([], [], [])}
         penalised: list[Tensor] = []
         outer: set[int] | None = None
         carries = False  # a penalty that it got before a step that raised, or in the step around this one
@@ -221,38 +224,43 @@ class Ticket:
             grad = parameter.grad
             if grad is None:
                 continue
-            if grad.__dict__.get(_MARK) == (version(grad), self._round):
-                hold.carried = carries = True
+            mark = grad.__dict__.get(_MARK)
+            if mark is not None and mark == (version(grad), self._round):
+                self._carried.add(hold.name)
+                carries = True
                 continue
-            if hold.carried and in_step:
+            if in_step and hold.name in self._carried:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
                 # the outer step has changed or replaced it since.
                 if outer is None:
                     outer = updated_by_outer_steps()
                 if id(parameter) in outer:
                     continue
-            hold.carried = True
+            self._carried.add(hold.name)
             weight = local(parameter)
-            sign = -1 if group.get("maximize") else 1
+            mask = hold.mask_for(parameter, weight)
+            grads, weights, masks = due[-1 if group.get("maximize") else 1]
             if grad.is_sparse:
                 grad = parameter.grad = grad.coalesce()
                 rows = grad._indices()[0]
-                due[sign].append((grad._values(), weight[rows], hold.mask_for(parameter, weight)[rows]))
+                grads.append(grad._values())
+                weight, mask = weight[rows], mask[rows]
             else:
                 if is_sharded(grad):
                     grad = parameter.grad = placed_like(grad, parameter)
                 if grad.is_conj():
                     grad = parameter.grad = grad.resolve_conj()
-                due[sign].append((local(grad), weight, hold.mask_for(parameter, weight)))
+                grads.append(local(grad))
+            weights.append(weight)
+            masks.append(mask)
             penalised.append(grad)
         self._carrying = id(optimizer) if penalised or carries else self._carrying
         if not penalised:
             return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
-        for sign, work in due.items():
-            if work and self.penalty != 0:
+        for sign, (grads, weights, masks) in due.items():
+            if grads and self.penalty != 0:
                 factor = sign * self.penalty
-                grads, weights, masks = zip(*work, strict=True)
                 add_scaled_(grads, weights, masks, factor if scale is None else scale * factor)
         # After all additions: views of one DDP bucket share a version.
         for grad in penalised:
