@@ -20,8 +20,9 @@ from halves import (
     sgd,
     uneven_mlp,
 )
-from models import finalize_quietly, make
+from models import assert_same, finalize_quietly, make
 from ranks import on_two_ranks
+from reference import ByHand
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -118,3 +119,65 @@ def test_saved_by_one_process_and_finished_by_two_ranks(moment: str, tmp_path: P
     go_on(model, optimizer, rst, range(MOMENTS[moment]))
     dcp.save(state_of(model, optimizer, rst), checkpoint_id=str(tmp_path), no_dist=True)
     load_and_finish(folder=str(tmp_path), updates=MOMENTS[moment])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_the_step_that_gives_a_new_optimizer_its_state_carries_no_penalty(kind):
+    """Or it would stay in the momentum, and count as an update."""
+    model, other = make(uneven_mlp), make(uneven_mlp)
+    settings = {"lr": 0.1} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})
+    optimizer, other_optimizer = (kind(m.parameters(), **settings) for m in (model, other))
+    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS, seed=11)
+    by_hand = ByHand(other, rst.masks, steps=STEPS)
+    before = rst.state_dict()
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        _, moments = get_state_dict(m, o)
+        assert moments["state"]
+    assert rst.state_dict() == before
+    rst.step()  # a loop may have it before the optimizer's
+    assert rst.state_dict() == before
+    for update in range(UPDATES):
+        for m, o in ((model, optimizer), (other, other_optimizer)):
+            o.zero_grad()
+            half_loss(m, update, 0).backward()
+            if o is other_optimizer:
+                by_hand.before_update()
+            o.step()
+        by_hand.after_update()
+        rst.step()
+    assert_same(model, other)
+
+
+@on_two_ranks
+def test_an_update_that_is_saved_before_its_tick(tmp_path):
+    def begin():
+        model = sharded()
+        return model, sgd(model.parameters()), RSTScheduler(model, sparsity=0.6, steps=STEPS)
+
+    model, optimizer, rst = begin()
+    half_loss(model, 0, torch.distributed.get_rank()).backward()
+    optimizer.step()
+    dcp.save(state_of(model, optimizer, rst), checkpoint_id=tmp_path)
+    model, optimizer, rst = begin()
+    restore(tmp_path, model, optimizer, rst)
+    rst.step()
+    assert rst.progress == 1 / STEPS
+
+
+@on_two_ranks
+def test_other_masks_are_refused_on_all_ranks(tmp_path):
+    """Here the scheduler itself is given to the checkpoint, which calls its state_dict() and load_state_dict()."""
+    dcp.save({"rst": RSTScheduler(sharded(), sparsity=0.6, seed=1)}, checkpoint_id=tmp_path)
+    same = RSTScheduler(sharded(), sparsity=0.6)
+    dcp.load({"rst": same}, checkpoint_id=tmp_path)
+    assert same.seed == 1
+    for settings, message in [
+        ({"sparsity": 0.6, "seed": 2}, r"0\.weight differs \(the seeds differ: 2 here, 1 in the state\)"),
+        ({"sparsity": {"2": 0.7, "*": 0.6}, "seed": 1}, r"2\.weight differs"),
+    ]:
+        other = RSTScheduler(sharded(), **settings)
+        before = other.state_dict()
+        with pytest.raises(ValueError, match=message):
+            dcp.load({"rst": other}, checkpoint_id=tmp_path)
+        assert other.state_dict() == before

@@ -16,6 +16,7 @@ import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .frames import in_rehearsal
 from .vacancy import watch_collector
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             for hold, parameter, _ in held:
                 hold.watch.over(parameter)
     penalised = _penalised(optimizer)
+    if penalised and in_rehearsal(sys._getframe()):
+        return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:
         with torch.no_grad():
