@@ -1,5 +1,6 @@
 """FSDP2 (``fully_shard``): every rank penalises and masks its own shards, and nothing is gathered for it."""
 
+import functools
 import warnings
 from unittest import mock
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from halves import (
+    CLIP,
     FINALIZE_AT,
     STEPS,
     UPDATES,
@@ -25,6 +27,7 @@ from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.masks import MaskSpec
+from torch_dual_ticket.shards import sum_over_shards
 
 
 def shard(model: nn.Module, nesting: str = "nested", **options: object) -> nn.Module:
@@ -125,6 +128,8 @@ def test_hybrid_sharding(mesh_shape):
     model = shard(make(uneven_mlp), mesh=mesh)
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
     live_alike(model, rst, InOneProcess(make(uneven_mlp), rst.masks))
+    shards = mesh_shape[1]
+    assert sum_over_shards(torch.ones(()), model[0].weight) == shards  # replicas count once
 
 
 def bf16_loss(model: nn.Module, index: int, half: int) -> torch.Tensor:
@@ -144,6 +149,41 @@ def test_bf16_mixed_precision():
     model = shard(make(uneven_mlp), mp_policy=policy)
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
     live_alike(model, rst, InOneProcess(make(uneven_mlp), rst.masks, loss=bf16_loss))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@on_two_ranks
+def test_an_infinity_on_one_rank_is_skipped_on_all(fused):
+    model = shard(make(uneven_mlp))
+    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
+    # Of the fused ones Adam is the one that knows DTensors.
+    kind = functools.partial(torch.optim.Adam, lr=0.01, fused=True) if fused else sgd
+    reference = InOneProcess(make(uneven_mlp), rst.masks, make_optimizer=kind)
+    optimizer = kind(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for update in range(UPDATES):
+        if update == FINALIZE_AT + 3:
+            assert rst.done
+            finalize_quietly(rst)
+            reference.ticket.finalize()
+        optimizer.zero_grad()
+        scaler.scale(half_loss(model, update, dist.get_rank())).backward()
+        is_skipped = update % 5 == 2
+        if is_skipped and dist.get_rank() == 1:
+            model[0].weight.grad.to_local()[0, 0] = float("inf")
+        scaler.unscale_(optimizer)
+        if not is_skipped:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        progress = rst.progress
+        scaler.step(optimizer)
+        scaler.update()
+        rst.step()
+        if is_skipped:
+            assert rst.progress == progress
+        else:
+            reference.update([update])
+    assert_agrees(model, reference)
+    assert_zero(model, rst.masks)
 
 
 @on_two_ranks
