@@ -272,8 +272,9 @@ def test_zeros_are_in_what_is_saved_right_after_finalize():
     assert_zero(model, rst.masks)
 
 
+@pytest.mark.parametrize("through", ["parameters", "shards"])
 @on_two_ranks
-def test_weights_that_somebody_overwrites_are_masked_in_the_next_forward():
+def test_weights_that_somebody_overwrites_are_masked_in_the_next_forward(through):
     """As in a model without shards: the whole parameter of the forward and the shard behind it."""
     model = shard(make(uneven_mlp))
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
@@ -282,7 +283,7 @@ def test_weights_that_somebody_overwrites_are_masked_in_the_next_forward():
     finalize_quietly(rst)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(0.5)
+            (parameter if through == "parameters" else parameter.to_local()).fill_(0.5)
         for parameter in reference.model.parameters():
             parameter.fill_(0.5)
     reference.ticket.finalize()

@@ -128,6 +128,25 @@ def data_parallel_loss(model: nn.Module, index: int, half: int) -> torch.Tensor:
     return half_loss(model, index, half // 2 if hasattr(model, "reshard") else half)
 
 
+@on_two_ranks
+def test_a_gradient_that_is_spread_otherwise_than_its_weight():
+    from torch.distributed.tensor import Shard
+
+    model = parallelize(make(mlp), mesh(2))
+    rst = RSTScheduler(model, sparsity=0.6, steps=1)
+    weight, kept = model[0].weight, rst.masks["0.weight"]
+    full_loss(model, 0, 0).backward()
+    gradient = weight.grad.full_tensor()
+    weight.grad = weight.grad.redistribute(placements=[Shard(1)])
+    rst.apply_penalty()
+    assert torch.allclose(weight.grad.full_tensor(), gradient + weight.full_tensor().detach() * ~kept, rtol=1e-12)
+    rst.step()
+    finalize_quietly(rst)
+    weight.grad = torch.ones_like(weight).redistribute(placements=[Shard(1)])
+    rst.apply_penalty()
+    assert torch.equal(weight.grad.full_tensor(), kept.to(gradient.dtype))
+
+
 @on_four_ranks
 def test_under_fsdp2():
     """The parameter of a forward is a DTensor of its own then, and not the one whose masked weights are held."""
