@@ -228,14 +228,16 @@ def test_sharded_after_finalize():
 # ---------------------------------------------------------------------- what each rank does
 
 
+@pytest.mark.parametrize("nesting", ["nested", "root"])
 @on_two_ranks
-def test_masks_are_drawn_for_the_shards_alone_and_once_in_each_phase():
-    model = shard(make(uneven_mlp))
+def test_masks_are_drawn_for_the_shards_alone_and_once_in_each_phase(nesting):
+    model = shard(make(uneven_mlp), nesting)
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
     reference = InOneProcess(make(uneven_mlp), rst.masks)
     with mock.patch.object(MaskSpec, "draw", autospec=True, side_effect=MaskSpec.draw) as draw:
         with mock.patch("halves.assert_zero"):  # which looks at the whole masks
             live_alike(model, rst, reference)
+        evaluate(model)
         rst.residual()
         asked = [(call.args[0].name, call.kwargs["size"]) for call in draw.call_args_list]
     assert_zero(model, rst.masks)
