@@ -101,6 +101,7 @@ def live_alike(
     updates: Iterable[int] = range(UPDATES),
     micro_batches: int = 1,
     set_to_none: bool = True,
+    tolerance: float = 1e-12,
     disturb: Callable[[], object] = lambda: None,
 ) -> torch.optim.Optimizer:
     """Train the model on the ranks and the reference in each process, with finalize() in the middle, and compare.
@@ -115,12 +116,12 @@ def live_alike(
         batches = range(micro_batches * update, micro_batches * (update + 1))
         disturb()
         if update == FINALIZE_AT:
-            assert_agrees(model, reference)
+            assert_agrees(model, reference, tolerance)
             assert rst.done
             disturb()
             finalize_quietly(rst)
             reference.ticket.finalize()
-            assert_agrees(model, reference)
+            assert_agrees(model, reference, tolerance)
             disturb()
         optimizer.zero_grad(set_to_none=set_to_none)
         for index in batches:
@@ -132,7 +133,7 @@ def live_alike(
         optimizer.step()
         rst.step()
         reference.update(batches)
-    assert_agrees(model, reference)
+    assert_agrees(model, reference, tolerance)
     if reference.ticket.finalized:
         assert_zero(model, rst.masks)
     trained = [parameter.grad is not None for parameter in reference.model.parameters()]

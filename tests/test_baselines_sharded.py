@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import batch, mlp
+from ranks import needs_fsdp2
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -45,5 +46,6 @@ def find_ticket_on(rank, meeting_place):
     dist.destroy_process_group()
 
 
+@needs_fsdp2
 def test_a_lottery_ticket_of_a_sharded_model_is_that_of_the_whole_one(tmp_path):
     mp.spawn(find_ticket_on, args=(tmp_path / "meeting_place",), nprocs=2)

@@ -21,7 +21,7 @@ from halves import (
     uneven_mlp,
 )
 from models import assert_same, finalize_quietly, make
-from ranks import on_two_ranks
+from ranks import needs_fsdp2, on_two_ranks
 from reference import ByHand
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -96,6 +96,7 @@ def load_and_finish(folder: str, updates: int) -> None:
     assert_agrees(model, uninterrupted(rst.masks))
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_saved_by_two_ranks_and_finished_by_one_process(moment: str, tmp_path: Path):
@@ -103,13 +104,14 @@ def test_saved_by_two_ranks_and_finished_by_one_process(moment: str, tmp_path: P
     model = make(uneven_mlp, seed=5)
     optimizer = sgd(model.parameters())
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)  # adopts the seed
-    restore(str(tmp_path), model, optimizer, rst, no_dist=True)
+    restore(str(tmp_path), model, optimizer, rst)
     assert rst.seed == 11
     assert rst.phase == ("transform" if moment == "transformation" else "finetune")
     go_on(model, optimizer, rst, range(MOMENTS[moment], UPDATES))
     assert_agrees(model, uninterrupted(rst.masks))
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_saved_by_one_process_and_finished_by_two_ranks(moment: str, tmp_path: Path):
@@ -117,7 +119,7 @@ def test_saved_by_one_process_and_finished_by_two_ranks(moment: str, tmp_path: P
     optimizer = sgd(model.parameters())
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS, seed=11)
     go_on(model, optimizer, rst, range(MOMENTS[moment]))
-    dcp.save(state_of(model, optimizer, rst), checkpoint_id=str(tmp_path), no_dist=True)
+    dcp.save(state_of(model, optimizer, rst), checkpoint_id=str(tmp_path))
     load_and_finish(folder=str(tmp_path), updates=MOMENTS[moment])
 
 
@@ -149,6 +151,7 @@ def test_the_step_that_gives_a_new_optimizer_its_state_carries_no_penalty(kind):
     assert_same(model, other)
 
 
+@needs_fsdp2
 @on_two_ranks
 def test_an_update_that_is_saved_before_its_tick(tmp_path):
     def begin():
@@ -165,6 +168,7 @@ def test_an_update_that_is_saved_before_its_tick(tmp_path):
     assert rst.progress == 1 / STEPS
 
 
+@needs_fsdp2
 @on_two_ranks
 def test_other_masks_are_refused_on_all_ranks(tmp_path):
     """Here the scheduler itself is given to the checkpoint, which calls its state_dict() and load_state_dict()."""

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from models import finalize_quietly, make
-from ranks import everywhere, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_two_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,7 +66,7 @@ def assert_equal(mine, theirs):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch does not run on CPUs")
+@needs_fsdp2
 @pytest.mark.parametrize("spread", [fsdp2, tensor_parallel], ids=lambda spread: spread.__name__)
 @on_two_ranks
 def test_sharded_models_write_and_read_the_files_of_whole_ones(spread, tmp_path):

@@ -22,12 +22,14 @@ from halves import (
     whole_state,
 )
 from models import finalize_quietly, make
-from ranks import everywhere, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_two_ranks
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.masks import MaskSpec
 from torch_dual_ticket.shards import sum_over_shards
+
+pytestmark = needs_fsdp2
 
 
 def shard(model: nn.Module, nesting: str = "nested", **options: object) -> nn.Module:

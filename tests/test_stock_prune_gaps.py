@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import finalize_quietly, make
+from ranks import needs_fsdp2
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -287,10 +288,9 @@ def test_weight_norm_and_spectral_norm(reparametrise):
     assert torch.equal(layer.weight != 0, kept)
 
 
+@needs_fsdp2
 def test_parameters_that_are_sharded():
     """In a world of one rank; with several, stock pruning is no better."""
-    if not hasattr(torch.cpu.current_stream(), "record_event"):
-        pytest.skip("this torch runs fully_shard on accelerators only")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from halves import STEPS, InOneProcess, assert_replicated, full_loss, half_loss, live_alike, whole_state
 from models import batch, finalize_quietly, make
-from ranks import everywhere, on_four_ranks, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_four_ranks, on_two_ranks
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.masks import MaskSpec
 from torch_dual_ticket.shards import local_offset
+
+# torch 2.6 multiplies DTensors by a clipping factor in float32.
+TOLERANCE = 1e-12 if torch.__version__ >= "2.7" else 1e-6
 
 
 def mlp() -> nn.Module:
@@ -66,7 +69,9 @@ def test_agrees_with_one_process(parallelized, set_to_none):
     rank = dist.get_rank()
     shapes = local_shapes(model)
     assert [shapes[f"{layer}.weight"] for layer in (0, 2, 4, 6)] == [(4, 12), (6, 4), (5 - rank, 6), (5, 5 - rank)]
-    live_alike(model, rst, InOneProcess(make(mlp), rst.masks, loss=full_loss), set_to_none=set_to_none)
+    live_alike(
+        model, rst, InOneProcess(make(mlp), rst.masks, loss=full_loss), set_to_none=set_to_none, tolerance=TOLERANCE
+    )
 
 
 @on_two_ranks
@@ -76,7 +81,7 @@ def test_masks_are_drawn_for_the_shards_alone_and_once_in_each_phase():
     reference = InOneProcess(make(mlp), rst.masks, loss=full_loss)
     with mock.patch.object(MaskSpec, "draw", autospec=True, side_effect=MaskSpec.draw) as draw:
         with mock.patch("halves.assert_zero"):  # which looks at the whole masks
-            live_alike(model, rst, reference)
+            live_alike(model, rst, reference, tolerance=TOLERANCE)
         rst.residual()
         asked = [(call.args[0].name, call.kwargs["size"]) for call in draw.call_args_list]
     shapes = local_shapes(model)
@@ -88,10 +93,10 @@ def test_report_and_residual_are_those_of_one_process():
     model = parallelize(make(mlp), mesh(2))
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
     reference = InOneProcess(make(mlp), rst.masks, loss=full_loss)
-    live_alike(model, rst, reference, updates=range(5))
-    assert rst.residual() == pytest.approx(reference.residual(), rel=1e-12)
+    live_alike(model, rst, reference, updates=range(5), tolerance=TOLERANCE)
+    assert rst.residual() == pytest.approx(reference.residual(), rel=TOLERANCE)
     report = finalize_quietly(rst)
-    assert report.total.residual == pytest.approx(reference.residual(), rel=1e-12)
+    assert report.total.residual == pytest.approx(reference.residual(), rel=TOLERANCE)
     assert everywhere(report)[0] == everywhere(report)[1]
     with pytest.raises(ValueError, match=r"0\.weight.*DTensor"):
         rst.to_prune()
@@ -110,6 +115,7 @@ def replicated_loss(model: nn.Module, index: int, half: int) -> torch.Tensor:
     return (model(x) - target).square().mean().full_tensor()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 takes a wrong norm of partial sums, and clips by it")
 @on_two_ranks
 def test_replicas_whose_gradients_are_partial_sums():
     from torch.distributed.tensor import distribute_module
@@ -119,7 +125,7 @@ def test_replicas_whose_gradients_are_partial_sums():
     distribute_module(model, mesh(2))
     replicated_loss(model, 0, 0).backward()
     assert model[0].weight.grad.placements != model[0].weight.placements
-    live_alike(model, rst, InOneProcess(make(mlp), rst.masks, loss=replicated_loss))
+    live_alike(model, rst, InOneProcess(make(mlp), rst.masks, loss=replicated_loss), tolerance=TOLERANCE)
     assert_replicated(model)
 
 
@@ -147,6 +153,7 @@ def test_a_gradient_that_is_spread_otherwise_than_its_weight():
     assert torch.equal(weight.grad.full_tensor(), kept.to(gradient.dtype))
 
 
+@needs_fsdp2
 @on_four_ranks
 def test_under_fsdp2():
     """The parameter of a forward is a DTensor of its own then, and not the one whose masked weights are held."""
@@ -172,6 +179,7 @@ def test_under_fsdp2():
     assert all(torch.equal(found[name] != 0, kept) for name, kept in rst.masks.items())
 
 
+@needs_fsdp2
 @on_four_ranks
 def test_shards_of_shards_begin_where_they_are_said_to():
     """FSDP2 over tensor parallelism, for rows that divide by four, by two, by neither, and for a single one."""
