@@ -78,16 +78,17 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
         >>> torch.allclose(small(x), model.eval()(x), atol=1e-5)
         True
     """
-    small = plain_copy(model)
     for tensor in tensors(example_inputs):
         if tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
             raise ValueError(
                 f"example_inputs holds a tensor of shape {tuple(tensor.shape)} in which all is {float(tensor.min())}:"
                 " with that it cannot be seen what makes a difference. Give a batch of data, or noise."
             )
-    with _all_trainable(small):
-        shrinker = _Shrinker(small, example_inputs)
-        shrinker.run()
+    with torch.inference_mode(False), torch.enable_grad():  # the graph follows gradients
+        small = plain_copy(model)
+        with _all_trainable(small):
+            shrinker = _Shrinker(small, example_inputs)
+            shrinker.run()
     if not shrinker.removed:
         raise ValueError(shrinker.reason())
     if shrinker.refused:
@@ -168,12 +169,12 @@ class _Shrinker:
             name, problem = next(iter(self.refused.items()))
             return f"{what}: without the zero filters of {name} the outputs would not be the same ({problem})"
         layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)]
-        zero = [name for name, layer in layers if not (layer.weight != 0).flatten(1).any(1).all()]
+        zero = [name for name, layer in layers if not all(Member(layer, dim, {}).used().all() for dim in (0, 1))]
         if not zero:
             return f'{what}: no filter is zero. finalize() a ticket of pattern="filter" first.'
         return (
-            f"{what}, although {zero[0]} has filters that are zero: they are outputs of the model, or stand for"
-            " channels to which other layers add (residual connections), or which are normalised together with others"
+            f"{what}, although {zero[0]} has filters that are zero: they are inputs or outputs of the model, or stand"
+            " for channels to which other layers add (residual connections), or that are normalised with others"
         )
 
 
@@ -240,11 +241,10 @@ def _unchanged_on_error(layers: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _all_trainable(model: nn.Module) -> Iterator[None]:
-    """The graph follows gradients."""
+    """No parameter is frozen meanwhile."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     for name in frozen:
         model.get_parameter(name).requires_grad_(model.get_parameter(name).is_floating_point())
-    with torch.enable_grad():
-        yield
+    yield
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)

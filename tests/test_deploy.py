@@ -1,0 +1,294 @@
+"""Finished tickets in torch's sparse formats: the same outputs, the model untouched, and clear refusals."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import finalize_quietly
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler, deploy
+from torch_dual_ticket.baselines import random_ticket
+from torch_dual_ticket.deploy import CSRLinear, to_csr, to_semi_structured
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch built with MKL")
+
+
+def mlp(width=512):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, 10)
+    )
+
+
+def finished(model, sparsity=None, *, layout="plain", **settings):
+    """Through the whole life of a ticket, with one update."""
+    rst = RSTScheduler(model, sparsity, steps=1, seed=0, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(torch.randn(4, model[0].in_features)).square().mean().backward()
+    optimizer.step()
+    rst.step()
+    finalize_quietly(rst, layout=layout)
+    return rst
+
+
+def assert_untouched(model, before):
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------- CSR
+
+
+@needs_mkl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape", [(512,), (1, 512), (7, 512), (2, 3, 512), (1, 1, 512), (0, 512), (2, 0, 512)], ids=str
+)
+def test_csr_computes_what_the_masked_model_does(dtype, shape):
+    model = mlp()
+    finished(model, 0.9, exclude=["4"])
+    model.to(dtype)
+    fast = to_csr(model)
+    assert [type(layer) for layer in fast[::2]] == [CSRLinear, CSRLinear, nn.Linear]
+    x = torch.randn(shape, dtype=dtype)
+    scale = float(model(torch.randn(64, 512, dtype=dtype)).detach().abs().max())
+    for layers in (slice(0, 1), slice(0, 3), slice(0, 5)):
+        output, expected = fast[layers](x), model[layers](x)
+        assert (output.shape, output.dtype) == (expected.shape, expected.dtype)
+        assert output.is_contiguous(), "a view() that follows needs it"
+        torch.testing.assert_close(output, expected, rtol=0, atol=40 * torch.finfo(dtype).eps * scale)
+
+
+@needs_mkl
+def test_csr_leaves_the_model_as_it_was_and_held():
+    model = mlp()
+    rst = finished(model, 0.9, exclude=["4"])
+    before = copy.deepcopy(model.state_dict())
+    fast = to_csr(model)
+    assert_untouched(model, before)
+    assert not fast.training
+    assert model.training
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 512)).square().mean().backward()
+    optimizer.step()
+    for name, kept in rst.masks.items():
+        assert not model.get_parameter(name)[~kept].any()
+        assert model.get_parameter(name)[kept].ne(before[name][kept]).any()
+    x = torch.randn(4, 512)
+    assert not torch.allclose(fast(x), model(x)), "a copy does not follow"
+
+
+@needs_mkl
+def test_csr_holds_the_kept_weights_alone_and_can_be_copied_and_saved():
+    model = mlp()
+    rst = finished(model, 0.95, exclude=["4"])
+    fast = to_csr(model)
+    kept = sum(int(mask.sum()) for mask in rst.masks.values())
+    assert len(fast[0].values) + len(fast[2].values) == kept
+    x = torch.randn(3, 512)
+    expected = fast(x)
+    file = io.BytesIO()
+    torch.save(fast.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(fast)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(torch.load(file))
+    for again in (other, pickle.loads(pickle.dumps(fast)), to_csr(copy.deepcopy(model))):
+        assert torch.equal(again(x), expected)
+
+
+@needs_mkl
+def test_gradients_go_through_csr_layers_to_what_is_before_them():
+    model = mlp()
+    finished(model, 0.9, exclude=["4"])
+    x = torch.randn(3, 512, requires_grad=True)
+    mine = torch.autograd.grad(to_csr(model)(x).square().sum(), x)[0]
+    theirs = torch.autograd.grad(model(x).square().sum(), x)[0]
+    torch.testing.assert_close(mine, theirs)
+
+
+@needs_mkl
+@pytest.mark.parametrize("layout", ["prune", "compiled", "removed"])
+def test_csr_of_models_in_other_states(layout):
+    model = mlp()
+    rst = finished(model, 0.9, exclude=["4"], layout="prune" if layout == "prune" else "plain")
+    if layout == "removed":
+        rst.remove()
+    model(torch.randn(2, 512))  # with gradients: torch's layout cannot be copied now
+    given = torch.compile(model, backend="eager") if layout == "compiled" else model
+    fast = to_csr(given)
+    assert type(fast) is nn.Sequential
+    assert not any(layer._forward_pre_hooks for layer in fast.modules())
+    x = torch.randn(3, 512)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@needs_mkl
+def test_csr_where_it_gains_only():
+    model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 256), nn.Linear(256, 1024), nn.Linear(1024, 512))
+    random_ticket(model, {"0": 0.95, "1": 0.95, "2": 0.9, "3": 0.89}, seed=0)
+    assert [type(layer) for layer in to_csr(model)] == [CSRLinear, nn.Linear, CSRLinear, nn.Linear]
+    layer = nn.Linear(512, 512)
+    random_ticket(layer, 0.9, seed=0)
+    assert isinstance(to_csr(layer), CSRLinear)
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: mlp(64), r"Sequential would be faster .* 90% .* 262,144 .* The sparsest is \d: 0\.0% of"),
+        (lambda: mlp().bfloat16(), r"The sparsest is 0: 95\.0% of 262,144, torch\.bfloat16 on cpu"),
+        (lambda: nn.ReLU(), "It has no Linear layer"),
+        (lambda: nn.MultiheadAttention(512, 2), "It has no Linear layer"),  # it does not call its out_proj
+    ],
+    ids=["small", "bfloat16", "none", "attention"],
+)
+def test_csr_is_refused_where_nothing_gains(build, message):
+    model = build()
+    if isinstance(model, nn.Sequential) and model[0].in_features == 512:
+        random_ticket(model, 0.95, exclude=["4"], seed=0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        to_csr(model)
+    assert_untouched(model, before)
+
+
+def test_csr_without_mkl(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="built with MKL"):
+        to_csr(mlp())
+
+
+@pytest.mark.parametrize("function", [to_csr, to_semi_structured])
+def test_what_is_no_module(function):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got OrderedDict"):
+        function(mlp().state_dict())
+
+
+# ---------------------------------------------------------------------- 2:4
+
+
+class Compressed(torch.Tensor):
+    """Stands for torch's semi-structured tensor, which only a GPU can make."""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Torch's conversion with the checks it makes, but for the device; returns the weights it was given."""
+    given = []
+
+    def convert(dense):
+        rows, columns = dense.shape
+        if dense.dtype is not torch.float16:
+            raise RuntimeError(f"Error original_tensor.dtype {dense.dtype} is not a supported dtype")
+        if rows % 32 or columns % 64:
+            raise RuntimeError(f"Error original_tensor.shape {dense.shape} is not supported!")
+        assert dense.is_contiguous()
+        given.append(dense)
+        return dense.clone().as_subclass(Compressed)
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", convert)
+    monkeypatch.setattr(deploy, "_SEMI_STRUCTURED_ON", "cpu")
+    return given
+
+
+def test_two_of_four_layers_are_converted_and_no_others(stand_in):
+    model = mlp()
+    rst = finished(model, pattern="2:4", exclude=["4"])
+    model.half()
+    before = copy.deepcopy(model.state_dict())
+    fast = to_semi_structured(model)
+    assert_untouched(model, before)
+    assert rst.phase == "finetune"
+    assert model[0]._forward_pre_hooks, "the model is still held"
+    assert not fast.training
+    assert not any(layer._forward_pre_hooks for layer in fast.modules())
+    assert [isinstance(layer.weight.data, Compressed) for layer in fast[::2]] == [True, True, False]
+    assert not fast[0].weight.requires_grad
+    assert len(stand_in) == 2
+    for name, weight in zip(rst.masks, stand_in, strict=True):
+        assert torch.equal(weight, before[name])
+    x = torch.randn(3, 512).half()
+    assert torch.equal(torch.Tensor(fast(x).detach().float()), model(x).detach().float())
+
+
+def test_weights_that_are_not_contiguous_are_converted(stand_in):
+    model = nn.Sequential(nn.Linear(64, 32))
+    random_ticket(model, pattern="2:4", seed=0).remove()
+    model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())
+    to_semi_structured(model.half())
+    assert len(stand_in) == 1
+
+
+def test_a_layer_that_torch_refuses_is_named_and_can_be_left_out(stand_in):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12), nn.Linear(12, 32))
+    random_ticket(model, pattern="2:4", seed=0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"0\.weight, \(64, 64\) in torch\.float32, .*dtype.* as with model\.half\(\)"):
+        to_semi_structured(model)
+    assert_untouched(model, before)
+    model.half()
+    with pytest.raises(ValueError, match=r"2\.weight, \(12, 64\) in torch\.float16, .*shape.* exclude=\['2'\]"):
+        to_semi_structured(model)
+    assert [type(layer.weight) for layer in (model[0], model[2])] == [nn.Parameter] * 2
+    fast = to_semi_structured(model, exclude=["2", "3"])
+    assert [isinstance(fast[index].weight.data, Compressed) for index in (0, 2, 3)] == [True, False, False]
+    with pytest.raises(ValueError, match="the pattern 'head' matches no module of this Sequential"):
+        to_semi_structured(model, exclude=["head"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "fits"),
+    [("2:4", None, True), ("1:4", None, True), ("1:2", None, True), ("unstructured", 0.5, False), ("4:8", None, False)],
+)
+def test_what_is_two_of_four(stand_in, pattern, sparsity, fits):
+    model = nn.Sequential(nn.Linear(64, 32))
+    random_ticket(model, sparsity, pattern=pattern, seed=0)
+    model.half()
+    if fits:
+        to_semi_structured(model)
+    else:
+        with pytest.raises(ValueError, match=r"no Linear layer of this Sequential is 2:4 .* finalize\(\) a ticket"):
+            to_semi_structured(model)
+    assert len(stand_in) == fits
+
+
+def test_before_finalize_nothing_is_two_of_four(stand_in):
+    model = nn.Sequential(nn.Linear(64, 32))
+    RSTScheduler(model, pattern="2:4", seed=0)
+    with pytest.raises(ValueError, match=r"finalize\(\) a ticket of pattern=\"2:4\" first"):
+        to_semi_structured(model)
+
+
+def test_a_model_on_the_cpu_is_refused():
+    model = mlp().half()
+    random_ticket(model, pattern="2:4", exclude=["4"], seed=0)
+    with pytest.raises(ValueError, match=r"0\.weight is on cpu, .* CUDA alone .* model\.to\(\"cuda\"\)"):
+        to_semi_structured(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_two_of_four_on_cuda():
+    model = mlp().half().cuda()
+    random_ticket(model, pattern="2:4", exclude=["4"], seed=0)
+    before = copy.deepcopy(model.state_dict())
+    fast = to_semi_structured(model)
+    assert_untouched(model, before)
+    assert [isinstance(layer.weight, torch.sparse.SparseSemiStructuredTensor) for layer in fast[::2]] == [
+        True,
+        True,
+        False,
+    ]
+    for rows in (1, 7, 64):
+        x = torch.randn(rows, 512, dtype=torch.half, device="cuda")
+        with torch.inference_mode():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-2, atol=1e-3)
+    odd = nn.Sequential(nn.Linear(60, 12)).half().cuda()
+    random_ticket(odd, pattern="2:4", seed=0)
+    with pytest.raises(ValueError, match=r"0\.weight, \(12, 60\) in torch\.float16"):
+        to_semi_structured(odd)
