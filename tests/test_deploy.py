@@ -165,6 +165,13 @@ def test_csr_without_mkl(monkeypatch):
 
 
 @pytest.mark.parametrize("function", [to_csr, to_semi_structured])
+def test_sharded_models_are_refused(monkeypatch, function):
+    monkeypatch.setattr(deploy, "is_sharded", lambda parameter: parameter.dim() == 2)
+    with pytest.raises(ValueError, match=r"0\.weight is sharded: load the whole state_dict"):
+        function(mlp())
+
+
+@pytest.mark.parametrize("function", [to_csr, to_semi_structured])
 def test_what_is_no_module(function):
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got OrderedDict"):
         function(mlp().state_dict())

@@ -352,6 +352,17 @@ def test_channels_that_are_normalised_together_stay(norm, pattern):
     assert_equal_outputs(small, model, IMAGES)
 
 
+def test_a_constant_that_is_uneven_at_the_border_stays():
+    model = built(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.AvgPool2d(2, padding=1), conv(8, 4)))
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([1.0, -1.0] * 4))
+    kept = torch.arange(8) >= 4  # of the four others two have a constant behind ReLU
+    hold(model, {"0.weight": kept[:, None, None, None].expand(8, 3, 3, 3)})
+    small = shrink(model, IMAGES)
+    assert widths(small) == [(6, 3), (4, 6)]
+    assert_equal_outputs(small, model, IMAGES)
+
+
 def test_attention_keeps_its_size_and_the_mlp_shrinks():
     model = built(lambda: CharTransformer((12,), 20, width=32))
     random_ticket(model, 0.5, pattern="filter", exclude=["head"], seed=0)
