@@ -6,25 +6,36 @@ A machine that is busy, throttled or shared slows all candidates of a round alik
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import multiprocessing
+import os
 import platform
 import statistics
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
 
+from torch_dual_ticket import hooks
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch_dual_ticket import RSTScheduler
+
+# glibc gives freed memory back at once, so that the peak is that of what is in use.
+_EXACT_PEAK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(description: str | None, rounds: int = 15) -> argparse.Namespace:
     """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each candidate (default: %(default)s)")
+    threads = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
@@ -67,8 +78,35 @@ def peak_memory(device: str) -> int:
 
 def in_a_process_of_its_own(function: Callable[..., int], *arguments: object) -> int:
     """The function's result, with memory that nothing else has touched."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with _environment(_EXACT_PEAK), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+def as_if_alone(step: Callable[[], object], rst: RSTScheduler | None) -> Callable[[], None]:
+    """The step of a candidate, which the schedulers of the others in this process do not slow down.
+
+    Each scheduler looks at every optimizer's step, because it may hold parameters of its own.
+    """
+
+    def alone() -> None:
+        everybody, hooks._tickets = hooks._tickets, () if rst is None else (weakref.ref(rst._ticket),)
+        try:
+            step()
+        finally:
+            hooks._tickets = everybody
+
+    return alone
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

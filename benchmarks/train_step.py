@@ -2,7 +2,7 @@
 
 Ways: dense; this library in the transformation and in finetuning; ``torch.nn.utils.prune`` with the same masks; the
 penalty as a term of the loss. All are interleaved in one process for the times; for the memory each runs in a process
-of its own, and what is given is the peak of its resident memory over that of the dense step.
+of its own, and what is given is the peak of its memory over that of the dense step.
 """
 
 from __future__ import annotations
@@ -11,13 +11,23 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from measuring import arguments, in_a_process_of_its_own, machine, peak_memory, ratios, spread, table
+from measuring import (
+    arguments,
+    as_if_alone,
+    in_a_process_of_its_own,
+    machine,
+    peak_memory,
+    ratios,
+    spread,
+    table,
+)
 from networks import NETWORKS
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
 
 WAYS = ["dense", "transformation", "finetuning", "torch.nn.utils.prune", "term of the loss"]
+SEED_ALONE = ["transformation, masks not stored", "finetuning, masks not stored"]
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
@@ -26,34 +36,49 @@ CASES = [  # network, batch, optimizer, compiled
     ("ResNet-20", 8, "SGD", False),
     ("ResNet-20", 64, "SGD", False),
     ("ResNet-50", 8, "SGD", False),
+    ("ResNet-50", 32, "SGD", False),
     ("ResNet-50", 8, "AdamW", False),
     ("Transformer-12", 8, "AdamW", False),
 ]
+WITH_SEED_ALONE = CASES[2]
+COMPILED = [("ResNet-50", 8, "SGD", True), ("Transformer-12", 8, "AdamW", True)]
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, rounds=7)
     rows = []
-    cases = [*CASES, ("Transformer-12", 8, "AdamW", True)] if options.device != "cpu" else CASES
-    for network, batch, optimizer, compiled in cases:
-        steps = {way: make_step(way, network, batch, optimizer, options.device, compiled) for way in WAYS}
-        for _ in range(3):  # optimizer state, compilation
+    for case in CASES if options.device == "cpu" else CASES + COMPILED:
+        network, batch, optimizer, compiled = case
+        ways = WAYS + SEED_ALONE if case == WITH_SEED_ALONE else WAYS
+        steps = {way: make_step(way, *case, options.device) for way in ways}
+        for _ in range(2):  # optimizer state, compilation
             for step in steps.values():
                 step()
         result = ratios(steps, "dense", options.rounds, options.device)
-        peaks = {
-            way: in_a_process_of_its_own(memory_of, way, network, batch, optimizer, options.device, options.threads)
-            for way in WAYS
-        }
-        for way in WAYS[1:]:
+        del steps
+        peaks = {way: in_a_process_of_its_own(memory_of, way, *case, options) for way in ways}
+        for way in ways[1:]:
             mode = "compiled" if compiled else "eager"
             extra = f"{(peaks[way] - peaks['dense']) / 2**20:+.0f} MB"
             rows.append([f"{network}, batch {batch}, {optimizer}, {mode}", way, spread(result[way]), extra])
     print(table(["step", "way", "time relative to dense", "peak memory"], rows))
-    print(f"\n{machine(options)}; 90 % of the weights masked; float32.")
+    print(f"\n{machine(options)}; 90 % of the weights masked; float32. In layers with masks: {weights_of_networks()}")
 
 
-def make_step(way, network, batch, optimizer_name, device, compiled=False):
+def weights_of_networks():
+    counts = {}
+    for name, (build, _) in NETWORKS.items():
+        rst = RSTScheduler(build(), sparsity=0.9, seed=0, exclude=excluded(name))
+        counts[name] = sum(mask.numel() for mask in rst.masks.values())
+    return ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items()) + "."
+
+
+def excluded(network):
+    """The stock way fails on MultiheadAttention.out_proj, whose own forward never runs; so no way takes it."""
+    return ["*.out_proj"] if network.startswith("Transformer") else []
+
+
+def make_step(way, network, batch, optimizer_name, compiled, device):
     build, shape = NETWORKS[network]
     torch.manual_seed(0)
     model = build().to(device)
@@ -61,9 +86,8 @@ def make_step(way, network, batch, optimizer_name, device, compiled=False):
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     rst, penalised = None, []
     if way != "dense":
-        # The stock way fails on MultiheadAttention.out_proj, whose own forward never runs.
-        exclude = ["*.out_proj"] if network.startswith("Transformer") else []
-        rst = RSTScheduler(model, sparsity=0.9, seed=0, exclude=exclude)
+        stored = way not in SEED_ALONE
+        rst = RSTScheduler(model, sparsity=0.9, seed=0, exclude=excluded(network), store_masks=stored)
     if way == "torch.nn.utils.prune":
         masks = dict(rst.masks)
         rst.remove()
@@ -86,20 +110,20 @@ def make_step(way, network, batch, optimizer_name, device, compiled=False):
         if rst is not None:
             rst.step()
 
-    if way == "finetuning":
+    if way.startswith("finetuning"):
         step()
         with warnings.catch_warnings():  # nothing was squeezed out in one update
             warnings.simplefilter("ignore")
             rst.finalize()
-    return step
+    return as_if_alone(step, rst)
 
 
-def memory_of(way, network, batch, optimizer, device, threads):
-    torch.set_num_threads(threads)
-    step = make_step(way, network, batch, optimizer, device)
-    for _ in range(4):
+def memory_of(way, network, batch, optimizer, compiled, options):
+    torch.set_num_threads(options.threads)
+    step = make_step(way, network, batch, optimizer, compiled, options.device)
+    for _ in range(3):
         step()
-    return peak_memory(device)
+    return peak_memory(options.device)
 
 
 if __name__ == "__main__":

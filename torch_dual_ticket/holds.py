@@ -13,9 +13,10 @@ from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
 from .frames import in_functional_call
-from .kernels import SMALL, clear_
+from .kernels import clear_
+from .local_masks import LocalMask
 from .mask_views import zero_masked
-from .shards import is_sharded, local, local_offset, mesh_of, placed_like, placement, version
+from .shards import is_sharded, local, mesh_of, placed_like, version
 from .vacancy import Vacancy, is_collecting
 from .watches import GradientWatch
 
@@ -58,10 +59,12 @@ class Hold(prune.BasePruningMethod):
 
     def _forget(self) -> None:
         """Begin with nothing cached."""
-        self._cached: Tensor | None = None
-        self._cached_for: tuple[Any, ...] = ()
-        self._cached_at: tuple[int, torch.dtype] | None = None
+        self._renew_local_mask()
         self.watch = GradientWatch(self)
+
+    def _renew_local_mask(self) -> None:
+        enforcing, stored = isinstance(self, ActiveHold), self.ticket.stores_masks
+        self.local_mask = LocalMask(self.mask, self.name, enforcing=enforcing, stored=stored)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Nothing: the dense network is trained."""
@@ -90,37 +93,6 @@ class Hold(prune.BasePruningMethod):
                 f" that; or take the layer out of its hands with prune.remove(layer, {self.tensor_name!r})."
             )
 
-    def mask_for(self, parameter: Tensor, weight: Tensor) -> Tensor:
-        """The mask in the form that the kernels of the phase need, of the local shard's shape and layout.
-
-        For the penalty 1 at the masked weights, as uint8, or in the weight's dtype for small tensors. For the zeros 1
-        at the kept weights, as uint8; or, for small tensors, a bool that is True at the masked ones.
-        """
-        address = (weight.data_ptr(), weight.dtype)
-        if self._cached is not None and self._cached_at == address and type(parameter) is nn.Parameter:
-            return self._cached  # the common case, kept short: small models take this path more often than any other
-        self._cached_at = address
-        key = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
-        if self._cached is None or self._cached_for != key:
-            if not is_sharded(parameter) and tuple(weight.shape) != self.mask.shape:
-                raise RuntimeError(
-                    f"{self.name} has shape {tuple(weight.shape)}, but had {self.mask.shape} when the scheduler was "
-                    "built. Build a new one, after remove() on this one. (FSDP1 flattens parameters; use fully_shard.)"
-                )
-            kept = self.mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-            self._cached = self._formed(kept, weight)
-            self._cached_for = key
-        return self._cached
-
-    def _formed(self, kept: Tensor, weight: Tensor) -> Tensor:
-        """Of a bool tensor that nobody else has: where it can, the result takes its memory."""
-        enforcing, small = self.ticket.enforcing, weight.numel() <= SMALL
-        dtype = torch.uint8 if not small else torch.bool if enforcing else weight.dtype
-        chosen = kept if enforcing and not small else kept.logical_not_()
-        if not small and chosen.stride() == weight.stride():
-            return chosen.view(dtype)
-        return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(chosen)
-
     def layer(self) -> nn.Module:
         """The module whose forward uses the parameter."""
         layer = self._layer()
@@ -135,18 +107,14 @@ class Hold(prune.BasePruningMethod):
 
     def set_mask(self, mask: Mask) -> None:
         self.mask = mask
-        self._cached = None
+        self._renew_local_mask()
 
     # -- enforcement ---------------------------------------------------------------------------------------------------
 
     def activate(self) -> None:
         """From now on the masked weights are zero. The ticket must be enforcing already."""
         parameter = self.parameter()
-        if self._cached is not None and parameter is not None:
-            if self._cached.dtype is torch.uint8:
-                self._cached.bitwise_xor_(1)  # it stood for masked until now
-            else:
-                self._cached = self._formed(self._cached == 0, local(parameter))
+        self.local_mask.enforce(None if parameter is None else local(parameter))
         self.__class__ = ActiveHold
         if parameter is not None and not parameter.is_meta and not self.is_clean(parameter):
             self.zero(parameter)
@@ -154,13 +122,13 @@ class Hold(prune.BasePruningMethod):
 
     def deactivate(self) -> None:
         self.__class__ = Hold
-        self._cached = None
+        self._renew_local_mask()
         self.watch.stop()
 
     def zero(self, parameter: Tensor) -> None:
         """Set the masked weights to zero. Call it under ``no_grad``."""
         weight = local(parameter)
-        clear_(weight, self.mask_for(parameter, weight))
+        self._clear(weight, parameter, weight)
         self.ticket.zeroed[self.name] = _stamp(parameter), parameter if is_sharded(parameter) else None
 
     def is_clean(self, parameter: Tensor) -> bool:
@@ -176,16 +144,28 @@ class Hold(prune.BasePruningMethod):
         if grad is None:
             return
         weight = local(parameter)
-        kept = self.mask_for(parameter, weight)
         if grad.is_sparse:
             grad = parameter.grad = grad.coalesce()
-            clear_(grad._values(), kept[grad._indices()[0]])
+            clear_(grad._values(), self.local_mask.whole(parameter, weight)[grad._indices()[0]])
             return
         if grad.is_conj():
             grad = parameter.grad = grad.resolve_conj()
         if is_sharded(grad):
             grad = parameter.grad = placed_like(grad, parameter)
-        clear_(local(grad), kept)
+        self._clear(local(grad), parameter, weight)
+
+    def _clear(self, tensor: Tensor, parameter: Tensor, weight: Tensor) -> None:
+        """Set the masked elements to zero: of the local shard of the parameter, or of its gradient."""
+        if self.local_mask.is_stored_for(weight):
+            clear_(tensor, self.local_mask.whole(parameter, weight))
+        else:
+            for rows, kept in self.local_mask.parts(parameter, weight):
+                clear_(tensor[rows], kept)
+
+    @torch.no_grad()
+    def squared_norms(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of squares of the masked weights and of all weights in this process's shard."""
+        return self.local_mask.squared_norms(parameter, local(parameter).detach())
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 

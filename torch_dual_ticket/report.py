@@ -82,7 +82,7 @@ def measure(ticket: Ticket) -> Report:
         parameter = hold.parameter()
         masked = total = 0.0
         if parameter is not None and not parameter.is_meta:
-            sums = torch.stack(ticket.squared_norms_of(hold, parameter))
+            sums = torch.stack(hold.squared_norms(parameter))
             masked, total = sum_over_shards(sums, parameter).tolist()
         masked_sum, total_sum = masked_sum + masked, total_sum + total
         layers.append(

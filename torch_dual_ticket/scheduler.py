@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, mask_views
+from .advice import warn_of_penalty
 from .agreement import agree_on_seed, check_not_joined, world_size
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RSTScheduler:
-    """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside a training loop of your own.
+    """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside your own training loop.
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
     of the weights that will be masked, with λ growing, through the step of whatever ``torch.optim.Optimizer`` holds
@@ -47,11 +48,11 @@ class RSTScheduler:
         cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
         distribution: "uniform", or "erk" (Erdős–Rényi-Kernel).
         pattern: "unstructured", "n:m" (n kept of every m inputs), "block:RxC", "filter" or "channel".
-        targets: module types whose ``weight`` is pruned; or pairs of a type and a pattern of parameter names, such as
-            ``(nn.LSTM, "weight_*")``.
+        targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``.
         exclude: fnmatch patterns of module names that stay dense.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
         optimizer: the only one whose updates carry the penalty. None: any that holds a target.
+        store_masks: False computes the masks from the seed at each use: slow, but saves a byte of memory per weight.
 
     Raises:
         TypeError, ValueError, RuntimeError: input that cannot be used, or ranks that disagree; nothing is changed.
@@ -87,6 +88,7 @@ class RSTScheduler:
         exclude: Sequence[str] = (),
         seed: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        store_masks: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,15 +102,13 @@ class RSTScheduler:
         with arguments.generator_unchanged_on_error():
             self.seed = agree_on_seed(given_seed, plan, model, self._timeline)
             arguments.check_directions(found, plan.masks(self.seed))
-        self._plan = plan
+        self._plan, self._model, self._ticks = plan, model, 0
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
-        self._ticks = 0
         self._report: Report | None = None
-        self._model = model
-        self._ticket = Ticket(model)
-        self._ticket.optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._ticket.take(found, plan.masks(self.seed, cycle=0))
-        self._ticket.penalty = self._timeline.penalty(0)
+        self._ticket = ticket = Ticket(model, stores_masks=store_masks)
+        ticket.optimizer = None if optimizer is None else weakref.ref(optimizer)
+        ticket.take(found, plan.masks(self.seed, cycle=0))
+        ticket.penalty = self._timeline.penalty(0)
         self._end_with_me()
 
     def _end_with_me(self) -> None:
@@ -137,6 +137,8 @@ class RSTScheduler:
         if not (self._ticks or self._seed_is_given):
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)
+        if self._ticks < ticks == self._timeline.time_for_advice:
+            warn_of_penalty(ticket, self._timeline.penalties_of_a_cycle())
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
         if self._timeline.cycle(ticks) != self._cycle:
@@ -186,8 +188,7 @@ class RSTScheduler:
         """Set the masked weights to zero and keep them at exactly zero from now on. A second call changes nothing.
 
         Args:
-            layout: "plain" leaves the model's structure, names and parameters as they are. "prune" continues with
-                :meth:`to_prune`.
+            layout: "plain" leaves structure, names and parameters as they are; "prune" goes on to :meth:`to_prune`.
 
         Returns:
             What was pruned and what norm it still had, per layer and in total.
@@ -223,8 +224,7 @@ class RSTScheduler:
     def to_prune(self) -> None:
         """Turn the finalised model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
 
-        Each layer gets ``weight_orig``, ``weight_mask`` and torch's own forward pre-hook, in the place of this
-        library's enforcement; the order of the parameters is kept. From then on torch keeps the zeros.
+        ``weight_orig``, ``weight_mask`` and torch's own hook take over from this library, in the same order.
 
         Raises:
             RuntimeError: before :meth:`finalize`.
@@ -270,9 +270,9 @@ class RSTScheduler:
         mask_views.apply_masks(model, self._masks())
 
     def __repr__(self) -> str:
-        cycles, ticks = self._timeline.cycles, self._timeline.ticks
+        cycles = self._timeline.cycles
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
-        schedule = f"{self.progress:.0%} of {ticks:,} ticks, λ={self.penalty:.4g}"
+        schedule = f"{self.progress:.0%} of {self._timeline.ticks:,} ticks, λ={self.penalty:.4g}"
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
         return f"RSTScheduler({self.phase}{cycle}: {schedule}, {layers}, seed={self.seed})"
 
@@ -299,8 +299,7 @@ class RSTScheduler:
         """
         ticks, pending, phase, seed = arguments.check_state(state)
         ticket = self._ticket
-        # An update without a tick is no use yet: torch.distributed.checkpoint makes one, with a rate of 0, to have the
-        # state of a new optimizer in place before it loads.
+        # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
         adopts = not (self._seed_is_given or self._ticks or ticket.enforcing)
         arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
         self.seed = seed

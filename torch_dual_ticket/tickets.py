@@ -10,12 +10,12 @@ import torch
 
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
-from .kernels import add_scaled_, squared_norms
+from .kernels import add_scaled_
 from .members import Members
 from .shards import is_sharded, local, placed_like, reshard, sum_over_shards, version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -32,7 +32,8 @@ _IDLE_TICKS = 100  # more than GradScaler ever skips at its start
 class Ticket:
     """The holds on a model, in one of two phases: penalised (``enforcing`` is False) or held at zero."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, stores_masks: bool = True) -> None:
+        self.stores_masks = stores_masks
         self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket: no cycle
         self.detached = 0  # holds that have ended
         self.zeroed: dict[str, Zeroed] = {}  # by parameter name: a tied one is zeroed at one of its places
@@ -47,7 +48,7 @@ class Ticket:
         self._carried: set[str] = set()  # names of the parameters that got the penalty since the last tick
         self._version_at_tick: dict[str, int] = {}  # of those that did not before it
         self.optimizer: weakref.ref[Optimizer] | None = None
-        self._members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
+        self.members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
         self._carrying: int | None = None  # id of the optimizer whose step is about to carry the penalty
         self._found_inf: Tensor | None = None  # 0 if an update since the last tick was not skipped for infinities
         self._round = 0  # ticks that had an update: it has used the gradients that it found
@@ -142,7 +143,7 @@ class Ticket:
         for hold in self.holds:
             hold.detach()
         self._names.clear()
-        self._members.clear()  # it references the holds
+        self.members.clear()  # it references the holds
         self.zeroed.clear()
         self.penalty = 0.0
 
@@ -204,19 +205,20 @@ class Ticket:
 
     def held_by(self, optimizer: Optimizer) -> Held:
         """The holds whose parameters the optimizer has, each parameter once."""
-        members = self._members.get(optimizer)
+        members = self.members.get(optimizer)
         if members is None or not members.are_current(self, optimizer):
             groups = groups_of(optimizer)
             members = Members(self, optimizer, groups)
             if members.missing and any(is_sharded(group["params"][0]) for group in groups.values()):
                 self.reshard()
                 members = Members(self, optimizer, groups)
-            self._members[optimizer] = members
+            self.members[optimizer] = members
         return members.held
 
     def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> bool:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns whether any was due."""
         due: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {1: ([], [], []), -1: ([], [], [])}
+        in_parts: list[tuple[Iterator[tuple[slice, Tensor]], Tensor, Tensor, int]] = []
         penalised: list[Tensor] = []
         outer: set[int] | None = None
         carries = False  # a penalty that it got before a step that raised, or in the step around this one
@@ -238,30 +240,37 @@ class Ticket:
                     continue
             self._carried.add(hold.name)
             weight = local(parameter)
-            mask = hold.mask_for(parameter, weight)
-            grads, weights, masks = due[-1 if group.get("maximize") else 1]
+            sign = -1 if group.get("maximize") else 1
+            grads, weights, masks = due[sign]
             if grad.is_sparse:
                 grad = parameter.grad = grad.coalesce()
                 rows = grad._indices()[0]
                 grads.append(grad._values())
-                weight, mask = weight[rows], mask[rows]
+                weights.append(weight[rows])
+                masks.append(hold.local_mask.whole(parameter, weight)[rows])
             else:
                 if is_sharded(grad):
                     grad = parameter.grad = placed_like(grad, parameter)
                 if grad.is_conj():
                     grad = parameter.grad = grad.resolve_conj()
-                grads.append(local(grad))
-            weights.append(weight)
-            masks.append(mask)
+                if hold.local_mask.is_stored_for(weight):
+                    grads.append(local(grad))
+                    weights.append(weight)
+                    masks.append(hold.local_mask.whole(parameter, weight))
+                else:
+                    in_parts.append((hold.local_mask.parts(parameter, weight), local(grad), weight, sign))
             penalised.append(grad)
         self._carrying = id(optimizer) if penalised or carries else self._carrying
         if not penalised:
             return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
-        for sign, (grads, weights, masks) in due.items():
-            if grads and self.penalty != 0:
-                factor = sign * self.penalty
-                add_scaled_(grads, weights, masks, factor if scale is None else scale * factor)
+        if self.penalty != 0:
+            factor = self.penalty if scale is None else scale * self.penalty
+            for sign, (grads, weights, masks) in due.items():
+                add_scaled_(grads, weights, masks, sign * factor)
+            for parts, grad, weight, sign in in_parts:
+                for part, mask in parts:
+                    add_scaled_([grad[part]], [weight[part]], [mask], sign * factor)
         # After all additions: views of one DDP bucket share a version.
         for grad in penalised:
             grad.__dict__[_MARK] = (version(grad), self._round)
@@ -296,20 +305,14 @@ class Ticket:
         """½·λ·‖masked weights‖²: the term of the loss whose gradient the penalty is."""
         total: Tensor | float = 0.0
         for hold, parameter, _ in held:
-            total = total + sum_over_shards(self.squared_norms_of(hold, parameter)[0], parameter)
+            total = total + sum_over_shards(hold.squared_norms(parameter)[0], parameter)
         return 0.5 * self.penalty * total
-
-    def squared_norms_of(self, hold: Hold, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of squares of the masked weights and of all weights in this process's shard."""
-        with torch.no_grad():
-            weight = local(parameter).detach()
-            mask = hold.mask_for(parameter, weight)
-            return squared_norms(weight, mask == 0 if mask.dtype is torch.uint8 and self.enforcing else mask != 0)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"enforcing": self.enforcing, "by_hand": self.by_hand, "given_up": set(self.given_up)}
+        names = ("enforcing", "by_hand", "stores_masks")
+        return {name: getattr(self, name) for name in names} | {"given_up": set(self.given_up)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
