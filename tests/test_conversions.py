@@ -213,3 +213,17 @@ def test_one_of_two_owners_of_a_tied_weight_replaced():
     transformed(model, rst)
     assert torch.equal(model[2].weight != 0, kept)
     assert (model[0].weight != 0).all()
+
+
+def test_hooks_that_a_conversion_has_given_to_the_layer_in_its_place():
+    """As conversions to quantised layers do."""
+    model = network()
+    rst = hold(model)
+    transformed(model, rst)
+    finalize_quietly(rst)
+    model[0], hooks = nn.Linear(6, 6).double(), model[0]._forward_pre_hooks
+    for hook in hooks.values():
+        model[0].register_forward_pre_hook(hook)
+    del hook, hooks
+    model[0](X)
+    assert (model[0].weight != 0).all()

@@ -67,18 +67,23 @@ def test_a_group_added_later():
     assert_same_life(train)
 
 
-@pytest.mark.parametrize("exchange", ["parameters", "groups"])
+@pytest.mark.parametrize("exchange", ["parameters", "groups", "appended"])
 def test_parameters_put_into_an_optimizer_by_hand(exchange):
-    """It was made for another copy of the model; its parameters are exchanged in place, or all its groups."""
+    """It was made for another copy of the model; its parameters are exchanged or added to in place, or all groups."""
 
     def train(model, side):
         elsewhere = copy.deepcopy(model)
         optimizer = torch.optim.SGD(elsewhere.parameters(), lr=1e-2)
         optimizer.step()  # holds nothing of the model yet
+        parameters = list(model.parameters())
         if exchange == "parameters":
-            optimizer.param_groups[0]["params"][:] = list(model.parameters())
+            optimizer.param_groups[0]["params"][:] = parameters
+        elif exchange == "appended":
+            optimizer.param_groups[0]["params"][:] = parameters[:2]
+            optimizer.step()
+            optimizer.param_groups[0]["params"] += parameters[2:]
         else:
-            optimizer.param_groups = [{**optimizer.param_groups[0], "params": list(model.parameters())}]
+            optimizer.param_groups = [{**optimizer.param_groups[0], "params": parameters}]
         for index in updates(side):
             backward(model, index)
             side.before_update()

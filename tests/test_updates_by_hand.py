@@ -203,3 +203,21 @@ def test_zeros_without_apply_penalty_in_finetuning():
     loss_of(model, 0, SHAPE)
     for name, kept in rst.masks.items():
         assert (model.get_parameter(name)[~kept] == 0).all()
+
+
+def test_apply_penalty_puts_zeros_and_gradients_right_in_finetuning():
+    """At once, for weights whose layer is never called and for gradients that do not come from ``backward()``."""
+    model = make(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5, steps=2)
+    train_forgetfully(model, optimizer, rst, 3)
+    finalize_quietly(rst)
+    for name in rst.masks:
+        weight = model.get_parameter(name)
+        weight.data.fill_(1)
+        weight.grad = torch.ones_like(weight)
+    rst.apply_penalty()
+    for name, kept in rst.masks.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(weight != 0, kept)
+        assert torch.equal(weight.grad != 0, kept)

@@ -76,10 +76,9 @@ class Hold(prune.BasePruningMethod):
         return self._owner()
 
     def parameter(self) -> Tensor | None:
-        owner = self._owner()
-        found = _parameters(owner).get(self.attribute)
-        if found is None and self.attribute != self.tensor_name and (layer := self._layer()) is not None:
-            found = _parameters(layer).get(self.tensor_name)
+        found = _parameters(self._owner()).get(self.attribute)
+        if found is None:
+            found = _parameters(self._layer()).get(self.tensor_name)
             if found is not None:  # weight_norm, say, was removed, and its zeros are the weight's
                 self._owner, self.attribute = self._layer, self.tensor_name
         return found
@@ -116,7 +115,7 @@ class Hold(prune.BasePruningMethod):
         parameter = self.parameter()
         self.local_mask.enforce(None if parameter is None else local(parameter))
         self.__class__ = ActiveHold
-        if parameter is not None and not parameter.is_meta and not self.is_clean(parameter):
+        if parameter is not None and not self.is_clean(parameter):
             self.zero(parameter)
             self.watch.over(parameter)
 

@@ -90,10 +90,6 @@ def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
     hold = hold_ref()
     if hold is None:
         return
-    if torch.is_grad_enabled():  # backward(create_graph=True)
-        with torch.no_grad():
-            hold.mask_gradient(parameter)
-    else:
-        hold.mask_gradient(parameter)
+    hold.mask_gradient(parameter)
     if parameter.grad is not None:
         hold.watch.note_masked(parameter.grad)
