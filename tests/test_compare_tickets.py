@@ -467,6 +467,13 @@ def test_means_intervals_and_paired_differences_are_those_by_hand(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_diverged_is_reported(tmp_path):
+    table = run_command(tmp_path, "--methods", "RST", "--max-penalties", "1000", "--data", "digits")
+    [row] = [line for line in table.splitlines() if line.startswith("| 80 %")]
+    assert " nan% " in row
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
 def test_a_single_seed_has_no_interval(tmp_path):
     table = run_command(tmp_path, "--methods", "scratch", "--seeds", "1")
     row = next(line for line in table.splitlines() if line.startswith("| 80 %"))

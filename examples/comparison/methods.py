@@ -88,10 +88,10 @@ def rst(job: Job, cycles: int = 1) -> None:
         cycles=cycles,
         **job.same_mask,
     )
-    job.train(job.search - delay, cell.dense_rate, after_update=rst.step)
-    job.residual = rst.residual()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the masked weights still held")  # the table says how much
+    with warnings.catch_warnings():  # the table says how much was left
+        warnings.filterwarnings("ignore", message="with lr=|the masked weights still held")
+        job.train(job.search - delay, cell.dense_rate, after_update=rst.step)
+        job.residual = rst.residual()
         rst.finalize()
     job.look_at_masked()
     job.train(job.left, cell.rate)

@@ -42,7 +42,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     ('91.00 ± 2.48', '90.00')
     """
     mean, count = statistics.fmean(values), len(values)
-    if count < 2:
+    if count < 2 or not math.isfinite(mean):  # a run may have diverged
         return Estimate(mean, None)
     return Estimate(mean, float(student.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count))
 
