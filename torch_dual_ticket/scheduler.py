@@ -14,7 +14,7 @@ from .advice import warn_of_penalty
 from .agreement import agree_on_seed, check_not_joined, world_size
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
-from .report import measure, warn_of_outstanding, warn_of_residual
+from .residuals import measure, warn_of_outstanding, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
 from .targets import DEFAULT_TARGETS, find_targets
 from .tickets import Ticket
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .masks import MaskSpec
-    from .report import Report
+    from .residuals import Report
     from .targets import TargetType
 
 

@@ -63,6 +63,10 @@ class Ticket:
         """The root of the modules that are held."""
         self._model = weakref.ref(model)
 
+    def model(self) -> nn.Module | None:
+        """None when it was dropped, or is not known: a copy."""
+        return None if self._model is None else self._model()
+
     def take(self, targets: list[Target], masks: Mapping[str, Mask]) -> None:
         """Begin to hold the targets, with these masks."""
         for target in targets:
@@ -117,7 +121,7 @@ class Ticket:
 
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
-        model = None if self._model is None else self._model()
+        model = self.model()
         if model is not None:
             reshard(model)
 

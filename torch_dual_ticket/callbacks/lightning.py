@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from ..report import Report
+    from ..residuals import Report
 else:
 
     def _lightning_callback() -> type:

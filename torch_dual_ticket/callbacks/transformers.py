@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from ..report import Report
+    from ..residuals import Report
 
 
 class RSTCallback(TrainerCallback, ExportableState):
