@@ -30,7 +30,8 @@ class Record:
     """One moment.
 
     Attributes:
-        tick: updates so far: ticks of the schedule, and after ``finalize()`` calls of :meth:`History.record`.
+        tick: updates so far: the ticks of the schedule; where they stand still (at its end, after ``finalize()``) the
+            calls of :meth:`History.record` go on from there.
         phase: ``"transform"`` or ``"finetune"``.
         penalty: λ of the next update.
         report: per layer and in total: pruned, size, residual and norms.
@@ -120,13 +121,13 @@ class History:
                 "record() has nothing to measure: the RSTScheduler of this history does not exist any more"
             )
         phase = rst.phase
-        # After finalize() the ticks of the schedule stand still, and calls are counted.
-        self._tick = rst._ticks if phase == "transform" else max(rst._ticks, self._tick + 1)
+        stands_still = rst.done or phase == "finetune"
+        self._tick = max(rst._ticks, self._tick + 1) if stands_still else rst._ticks
         at = phase, self._tick // self.every
         if at == self._last or not rst._ticket.holds:  # after remove() there is nothing to see any more
             return
         if self._last is not None and (self._last[0], phase) == ("transform", "finetune") and rst._report is not None:
-            self._unread.append((rst._ticks, "transform", rst._timeline.penalty(rst._ticks), rst._report))
+            self._unread.append((self._tick, "transform", rst._timeline.penalty(rst._ticks), rst._report))
         self._unread.append((self._tick, phase, rst.penalty, take_measurement(rst._ticket)))
         self._last = at
 

@@ -41,7 +41,15 @@ def plot(history: History) -> Figure:
         ImportError: matplotlib is not installed.
         ValueError: nothing was recorded.
 
-    Example: ``plot(history).savefig("history.png")``
+    Example:
+        >>> from torch import nn
+        >>> from torch_dual_ticket import RSTScheduler
+        >>> from torch_dual_ticket.report import History, plot
+        >>> rst = RSTScheduler(nn.Linear(16, 4), sparsity=0.5)
+        >>> history = History(rst)
+        >>> history.record()  # in the loop, after rst.step()
+        >>> [axes.get_ylabel() for axes in plot(history).axes]
+        ['penalty λ', 'residual: share of the norm\\nin masked weights', 'norm']
     """
     figure = _new_figure("plot()")
     records = history.records
@@ -86,18 +94,24 @@ def plot_sparsity(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Figure:
         ImportError: matplotlib is not installed.
         TypeError: neither a module nor what holds one.
 
-    Example: ``plot_sparsity(model).savefig("sparsity.png")``
+    Example:
+        >>> from torch import nn
+        >>> from torch_dual_ticket import RSTScheduler
+        >>> from torch_dual_ticket.report import plot_sparsity
+        >>> rst = RSTScheduler(nn.Linear(16, 4), sparsity=0.5)
+        >>> plot_sparsity(rst).axes[0].get_xlabel()
+        'sparsity, % (of the whole model: 47.06 %)'
     """
     figure = _new_figure("plot_sparsity()")
     seen = summary(model_or_rst)
     names = [_short_name(layer.name) for layer in seen.layers]
     kept = [f"{layer.kept:,} of {layer.size:,}" for layer in seen.layers]
     letters = max(map(len, names), default=0) + max(map(len, kept), default=0)
-    figure.set_size_inches(5 + _LETTER * letters / 72, 1.2 + 0.21 * len(names))
+    figure.set_size_inches(5 + _LETTER * letters / 72, 0.9 + 0.21 * (len(names) + 1))
     axes = figure.subplots()
     axes.barh(range(len(names)), [100 * layer.sparsity for layer in seen.layers], color=_BLUE, height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize="small")
-    axes.set_ylim(len(names) - 0.5, -0.5)  # the first layer on top
+    axes.set_ylim(len(names) - 0.5, -1.5)  # the first layer on top, under a line for the title
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"sparsity, % (of the whole model: {seen.sparsity:.2%})".replace("%)", " %)"))
     axes.grid(axis="x", alpha=0.3)
