@@ -54,9 +54,7 @@ class Ticket:
         self._round = 0  # ticks that had an update: it has used the gradients that it found
         self._idle_ticks = 0
         self._has_warned = False
-        self._model: weakref.ref[nn.Module] | None = None
-        if model is not None:
-            self.attach(model)
+        self._model = None if model is None else weakref.ref(model)
         register(self)
 
     def attach(self, model: nn.Module) -> None:
@@ -121,8 +119,7 @@ class Ticket:
 
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
-        model = self.model()
-        if model is not None:
+        if (model := self.model()) is not None:
             reshard(model)
 
     def enforce(self) -> None:
@@ -136,8 +133,7 @@ class Ticket:
                 hold.activate()
         torch.clear_autocast_cache()  # it may hold casts of the weights as they were
 
-    def relax(self) -> None:
-        """Back to the transformation."""
+    def relax(self) -> None:  # back to the transformation
         self.enforcing = False
         for hold in self.holds:
             hold.deactivate()
