@@ -143,18 +143,23 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     trials = f"{len(options.rates)} learning rates ({', '.join(f'{rate:g}' for rate in options.rates)})"
     if len(options.rates) > 1:
         trials += f", tried with {options.tuning_seeds} seed(s) of their own on the validation part"
+    pixels = f", averaged to {options.pixels} × {options.pixels} pixels" if options.pixels else ""
+    again = (
+        "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
+    )
     return f"""# {options.model} on {options.data}
 
     {shlex.join(command)}
 
 - Budget: {options.updates:,} updates of batch {options.batch} for every run; methods that search for a ticket spend
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
-- Data: {sizes}.
+- Learning rates rise for 5 % and then fall along a cosine {again}.
+- Data: {sizes}{pixels}.
 - Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
 - RST: penalty {" and ".join(options.schedules)}, up to {" and ".join(f"{p:g}" for p in options.max_penalties)}, and at
   its ceiling for the last {options.hold:.0%} of a cycle. Residual: the share of the norm that the masked weights still
   held when they were set to zero.
-- Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and "− LTH" are
+- Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and so on are
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
   brackets: relative to dense training.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-RIVALS = ("scratch", "LTH")
+RIVALS = ("scratch", "LTH", "LTH-iter", "random-after-dense")
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,12 @@ class Report:
         return next((r for r in self.rows if r.cell.sparsity == row.cell.sparsity and r.cell.method == method), None)
 
     def markdown(self) -> str:
+        rivals = [rival for rival in RIVALS if any(row.cell.method == rival for row in self.rows)]
         header = ["sparsity", "method", "test accuracy, %"]
-        header += [f"− {rival}" for rival in RIVALS] + ["updates: dense + sparse", "training FLOPs", "residual", "rate"]
-        lines = ["| " + " | ".join(header) + " |", "|---:|---|---:|" + "---:|" * len(RIVALS) + "---:|---:|---:|---:|"]
+        header += [f"− {rival}" for rival in rivals] + ["updates: dense + sparse", "training FLOPs", "residual", "rate"]
+        lines = ["| " + " | ".join(header) + " |", "|---:|---|---:|" + "---:|" * len(rivals) + "---:|---:|---:|---:|"]
         for row in self.rows:
-            differences = [row.minus(self.rival(row, rival)) for rival in RIVALS]
+            differences = [row.minus(self.rival(row, rival)) for rival in rivals]
             flops = row.first["training_flops"]
             residual = "" if row.first["residual"] is None else f"{row.over_seeds('residual').mean:.2%}"
             relative = f" ({flops / self.dense.first['training_flops']:.2f}×)" if self.dense else ""
