@@ -56,6 +56,11 @@ class Row:
         self.label = self.cell.method
         self.test = self.over_seeds("test")
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the penalty was too strong for the learning rate in some run."""
+        return any(result["residual"] is not None and math.isnan(result["residual"]) for result in self.runs.values())
+
     def over_seeds(self, name: str) -> Estimate:
         return estimate([result[name] for result in self.runs.values()])
 
@@ -133,14 +138,14 @@ class Report:
         sparsities = sorted({row.cell.sparsity for row in sparse})
         labels = list(dict.fromkeys(row.label for row in sparse))
         for index, label in enumerate(labels):
-            rows = [row for row in sparse if row.label == label]
+            rows = [row for row in sparse if row.label == label and not row.diverged]
             shift = 0.7 * ((index + 0.5) / len(labels) - 0.5)  # side by side: error bars must not hide one another
             axes.errorbar(
                 [sparsities.index(row.cell.sparsity) + shift for row in rows],
                 [row.test.mean for row in rows],
                 [row.test.half or 0.0 for row in rows],
-                label=label,
-                marker="os^vDPX*<>"[index % 10],
+                label=label if rows else f"{label}: diverged",
+                marker="os^vDPX*<>hpd"[index % 13],
                 color=f"C{index % 10}",
                 linestyle="none",
                 capsize=3,
