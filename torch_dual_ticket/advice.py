@@ -12,12 +12,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .schedules import Timeline
     from .tickets import Ticket
 
 _LEFT = 0.05  # of a masked weight that no gradient holds up: with more, the mask will take away what is still in use
 
 
-def warn_of_penalty(ticket: Ticket, penalties: Sequence[float]) -> None:
+def warn_of_penalty(ticket: Ticket, timeline: Timeline) -> None:
     """Warn, on behalf of ``step()``, where SGD would diverge under the penalty, or hardly shrink anything.
 
     What shrinks a weight is not λ but Σ lr·λ / (1 - momentum) over the updates; and SGD diverges where lr·λ reaches
@@ -26,8 +27,12 @@ def warn_of_penalty(ticket: Ticket, penalties: Sequence[float]) -> None:
 
     Args:
         ticket: which has had updates.
-        penalties: λ of each update of the schedule.
+        timeline: λ over the ticks.
     """
+    try:
+        penalties = [timeline.penalty(tick) for tick in range(timeline.steps + timeline.hold)]
+    except Exception:  # of a schedule of the user's own, which step() will let through when it comes to that
+        return
     for optimizer, members in ticket.members.items():
         if not isinstance(optimizer, torch.optim.SGD):
             continue

@@ -138,7 +138,7 @@ class RSTScheduler:
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)
         if self._ticks < ticks == self._timeline.time_for_advice:
-            warn_of_penalty(ticket, self._timeline.penalties_of_a_cycle())
+            warn_of_penalty(ticket, self._timeline)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
         if self._timeline.cycle(ticks) != self._cycle:

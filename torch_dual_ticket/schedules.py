@@ -125,10 +125,6 @@ class Timeline:
         """After so many ticks a warm-up is mostly over, and little is lost yet."""
         return max(1, self.ticks // 10)
 
-    def penalties_of_a_cycle(self) -> list[float]:
-        """λ of each of its updates."""
-        return [self.penalty(tick) for tick in range(self.steps + self.hold)]
-
     @property
     def ticks_per_cycle(self) -> int:
         return self.steps + self.hold
