@@ -23,6 +23,7 @@ from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip
 from comparison.flops import FlopCount
 from comparison.methods import ANNEALED_ONCE, METHODS, PENALISED
 from comparison.models import MODELS
+from comparison.options import make_parser
 from comparison.records import Records
 from comparison.report import Report
 from comparison.training import share_of_rate
@@ -519,7 +520,7 @@ def test_several_processes_and_several_ranks_do_what_one_process_does(tmp_path):
         (["--sparsity", "90"], "between 0 and 1"),
         (["--updates", "40", "--cycles", "5"], "too few"),
         (["--methods", "magic"], "invalid choice"),
-        (["--engine", "ray"], "torch-dual-ticket[ray]"),
+        (["--engine", "ray"], "pip install '.[ray]'"),
     ],
 )
 def test_the_command_says_what_is_wrong(capsys, monkeypatch, arguments, message):
@@ -527,6 +528,12 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch, arguments, message)
     with pytest.raises(SystemExit):
         compare_tickets.main(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_option_has_a_help_text_of_its_own():
+    texts = [action.help for action in make_parser("")._actions]
+    assert all(texts)
+    assert len(texts) == len(set(texts))
 
 
 def test_images_are_scaled_by_the_training_part():

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from lives import is_plus_zero
-from models import INPUT_SHAPES, cnn, finalize_quietly, make, mlp, transformer
+from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer
 from test_contract import shrinking, train, update
 from torch import nn
 from torch.nn.utils import prune
@@ -171,3 +171,19 @@ def test_apply_masks_zeroes_another_model():
         assert torch.equal(ema.module.get_parameter(name)[kept], dense[name][kept])
     assert torch.equal(ema.module[0].bias, dense["0.bias"])
     assert not prune.is_pruned(ema)
+
+
+@pytest.mark.parametrize(
+    ("ticks", "advice"), [(0, r"rst\.step\(\) was never called"), (3, "after 3 of 8 ticks, with λ at 0.375")]
+)
+def test_an_unfinished_schedule_is_named_as_the_reason(ticks, advice):
+    model = make(mlp)
+    rst = RSTScheduler(model, 0.7, steps=8, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for index in range(max(1, ticks)):
+        loss_of(model, index, INPUT_SHAPES[mlp]).backward()
+        optimizer.step()
+        if ticks:
+            rst.step()
+    with pytest.warns(UserWarning, match=f"of the norm when they were set to zero.*{advice}"):
+        rst.finalize()

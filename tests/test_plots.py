@@ -70,7 +70,7 @@ def test_the_curves_are_the_records():
     last = {layer.name: layer.residual for layer in before[-1].report.layers}
     assert set(layers[0]) == {*last.values(), before[-1].residual}
     slowest = max(last, key=last.get)
-    assert curves[f"slowest: {slowest.removesuffix('.weight')}"].get_ydata()[-1] == last[slowest]
+    assert curves[f"slowest layer: {slowest.removesuffix('.weight')}"].get_ydata()[-1] == last[slowest]
     assert residual.get_yscale() == "log"
     assert curves["finalize() warns above this"].get_ydata()[0] == 0.01
     curves = labelled(norms)
@@ -119,7 +119,7 @@ def test_layers_of_long_names():
     history.record()
     figure = plot(history)
     slowest = next(label for label in labelled(figure.axes[1]) if label.startswith("slowest"))
-    assert slowest.startswith("slowest: language_model.encoder.layers.")
+    assert slowest.startswith("slowest layer: language_model.encoder.layers.")
     assert_readable(figure)
 
 

@@ -155,6 +155,7 @@ def test_diff_of_the_readme_runs_with_and_without_its_added_lines():
             "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
             "loss_fn": nn.functional.cross_entropy,
             "loader": [(torch.randn(2, 8), torch.tensor([0, 1]))] * 3,
+            "epochs": 1700,
         }
         exec(compile("\n".join(code), "README.md", "exec"), loop)
         if "rst" in loop:

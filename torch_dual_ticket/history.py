@@ -131,6 +131,9 @@ class History:
         self._unread.append((self._tick, phase, rst.penalty, take_measurement(rst._ticket)))
         self._last = at
 
+    def __repr__(self) -> str:
+        return f"History({len(self._records) + len(self._unread)} records, up to tick {self._tick:,})"
+
     @property
     def records(self) -> tuple[Record, ...]:
         """All of them, oldest first. Waits for the device once for each that was not read yet."""

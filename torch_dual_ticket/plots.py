@@ -139,7 +139,8 @@ def _draw_residuals(axes: Axes, records: Sequence[Record], marker: str) -> None:
         axes.plot(*points, color=_GREY, linewidth=0.8, marker=marker, label=None if index else "each layer")
     if len(shown) > 1:
         slowest = max(shown, key=lambda name: shown[name][1][-1])
-        axes.plot(*shown[slowest], color=_ORANGE, linewidth=1, marker=marker, label=f"slowest: {_short_name(slowest)}")
+        label = f"slowest layer: {_short_name(slowest)}"
+        axes.plot(*shown[slowest], color=_ORANGE, linewidth=1, marker=marker, label=label)
     whole = [(record.tick, record.residual) for record in records]
     axes.plot(*_positive(whole), color=_BLUE, linewidth=2, marker=marker, label="all together")
     if any(value > 0 for _, value in whole):

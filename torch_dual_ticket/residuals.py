@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .schedules import Timeline
     from .tickets import Ticket
 
 _MAX_RESIDUAL = 0.01
@@ -129,14 +130,23 @@ def measure(ticket: Ticket) -> Report:
     return take_measurement(ticket).read()
 
 
-def warn_of_residual(report: Report, penalty: float) -> None:
+def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
-    if report.total.residual > _MAX_RESIDUAL:
-        warnings.warn(
-            f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero (λ had"
-            f" reached {penalty:.3g}): transform for longer (steps, hold), or with a higher max_penalty or lr",
-            stacklevel=3,
+    if report.total.residual <= _MAX_RESIDUAL:
+        return
+    if ticks == 0:
+        advice = "rst.step() was never called: call it after each optimizer.step()"
+    elif ticks < timeline.ticks:
+        advice = (
+            f"finalize() came after {ticks:,} of {timeline.ticks:,} ticks, with λ at"
+            f" {timeline.penalty(ticks - 1):.3g}: choose steps and hold that fit your loop, or go on until rst.done"
         )
+    else:
+        advice = f"λ had reached {timeline.max_penalty:g}: transform for longer, or with a higher max_penalty or lr"
+    warnings.warn(
+        f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero. {advice}",
+        stacklevel=3,
+    )
 
 
 def warn_of_outstanding(cycle: int, cycles: int) -> None:

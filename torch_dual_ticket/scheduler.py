@@ -209,7 +209,7 @@ class RSTScheduler:
                 check_stock_layout(ticket.holds)
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
             report = self._measure_final_masks()
-            warn_of_residual(report, self._timeline.penalty(max(0, self._ticks - 1)))
+            warn_of_residual(report, self._ticks, self._timeline)
             ticket.enforce()
             self._report = report
         if layout == "prune":
@@ -297,11 +297,11 @@ class RSTScheduler:
         Raises:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
         """
-        ticks, pending, phase, seed = arguments.check_state(state)
-        ticket = self._ticket
+        (ticks, pending, phase, seed), ticket = arguments.check_state(state), self._ticket
         # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
         adopts = not (self._seed_is_given or self._ticks or ticket.enforcing)
-        arguments.check_same_masks(self._fingerprints(seed if adopts else self.seed), state["masks"], (self.seed, seed))
+        mine = seed if adopts else self.seed
+        arguments.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
         ticket.resume(pending)

@@ -55,12 +55,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     budget("--search", type=between(0, 1), default=0.5, metavar="F", help=text)
     text = "learning rates that each method may choose from; default: three, by model"
     budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
-    text = "runs, with seeds of their own, that try each learning rate; default: 1"
     text = (
         "each: the learning rate rises and falls in each stretch of training, with a new optimizer; once: over the"
         " search and the training of the ticket together, except for LTH, which starts again; default: each"
     )
     budget("--anneal", choices=("each", "once"), default="each", help=text)
+    text = "runs, with seeds of their own, that try each learning rate; default: 1"
     budget("--tuning-seeds", type=at_least(1), default=1, metavar="N", help=text)
 
     how = parser.add_argument_group("how the methods work").add_argument
@@ -80,7 +80,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     where("--out", type=Path, default=Path("comparison-results"), metavar="DIR", help=text)
     where("--device", type=torch.device, default=torch.device("cpu"), help='such as "cuda"; default: cpu')
     where("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time, a process each; default: 1")
-    text = "local, or ray for the machines of a Ray cluster (pip install 'torch-dual-ticket[ray]'); default: local"
+    text = "local, or ray for the machines of a Ray cluster (pip install '.[ray]'); default: local"
     where("--engine", choices=("local", "ray"), default="local", help=text)
     text = "mixed precision: bfloat16, float16 or off; default: off"
     where("--autocast", choices=("off", "bfloat16", "float16"), default="off", help=text)
@@ -125,7 +125,7 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     if ranks > 1 and (options.jobs > 1 or options.engine != "local"):
         parser.error("under torchrun all ranks train one model together: leave out --jobs and --engine")
     if options.engine == "ray" and importlib.util.find_spec("ray") is None:
-        parser.error("--engine ray needs Ray: pip install 'torch-dual-ticket[ray]'")
+        parser.error("--engine ray needs Ray: pip install '.[ray]'")
     if options.batch % ranks:
         parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
     if round(options.search * options.updates) < 5 * options.cycles:
