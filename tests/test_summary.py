@@ -231,7 +231,7 @@ def test_plain_text(monkeypatch):
         "3 others                               dense    26",
         "held layers    1,344                 52.08 %   644    0.7217",
         "whole model    1,442                 48.54 %   742",
-        "transformation: finalize() now would give this sparsity, and cut off this residual",
+        "transformation: finalize() would give this sparsity, and cut off this residual",
     ]
 
 

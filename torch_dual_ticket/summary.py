@@ -215,9 +215,9 @@ _HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "residual", "λ")
 _PATTERN, _RESIDUAL, _PENALTY = _OPTIONAL = 2, 5, 6  # columns
 _NOTHING = "–"
 _MEANING = {  # of the sparsity, by phase
-    "transform": "transformation: finalize() now would give this sparsity, and cut off this residual",
+    "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
     "finetune": "finetuning: masked weights are held at zero",
-    "": "no ticket holds this model: sparsity of the zeros in it, or of torch.nn.utils.prune's masks",
+    "": "no ticket holds this model: sparsity of zeros, or of torch.nn.utils.prune",
 }
 
 
