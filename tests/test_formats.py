@@ -276,3 +276,10 @@ def test_a_finetuning_state_loaded_before_the_weights(materialise):
             optimizer.step()
     assert_holds_zeros(model, restarted)
     assert_same(model, first, tolerance=0)
+
+
+def test_large_tensors_are_walked_in_chunks(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 1000)
+    tensor, mask = torch.randn(6, 1000), torch.ones(6, 1000, dtype=torch.uint8)
+    assert [part.shape for part, _ in kernels._chunks(tensor, mask)] == [(1000,)] * 6
+    assert [part.shape for part, _ in kernels._chunks(tensor, mask, share=2)] == [(500,)] * 12

@@ -67,6 +67,23 @@ def test_a_group_added_later():
     assert_same_life(train)
 
 
+def test_a_group_replaced_by_one_with_another_sign():
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for index in updates(side):
+            sign = -1.0 if index >= 5 else 1.0
+            if index == 5:
+                optimizer.param_groups[0] = {**optimizer.param_groups[0], "maximize": True}
+            backward(model, index)
+            for parameter in model.parameters():
+                parameter.grad.mul_(sign)
+            side.before_update(sign)
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
 @pytest.mark.parametrize("exchange", ["parameters", "groups", "appended"])
 def test_parameters_put_into_an_optimizer_by_hand(exchange):
     """It was made for another copy of the model; its parameters are exchanged or added to in place, or all groups."""

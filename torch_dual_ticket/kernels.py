@@ -32,11 +32,10 @@ def add_scaled_(
     """
     alike: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for grad, weight, mask in zip(grads, weights, masks, strict=True):
-        dtype = weight.dtype
-        if isinstance(factor, Tensor) or grad.dtype is not dtype:
+        if isinstance(factor, Tensor):
             for grad_part, weight_part, mask_part in _chunks(grad, weight, mask):
                 grad_part.add_(torch.mul(weight_part, mask_part).mul_(factor))
-        elif mask.dtype is dtype:
+        elif mask.dtype is weight.dtype:
             alike[0].append(grad)
             alike[1].append(weight)
             alike[2].append(mask)
@@ -67,7 +66,7 @@ def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of squares of the pruned elements and of all elements, as float64 scalars on the tensor's device."""
     masked = torch.zeros((), dtype=torch.float64, device=tensor.device)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for values, mask in _chunks(tensor, pruned, size=CHUNK // 8):  # float64, twice
+    for values, mask in _chunks(tensor, pruned, share=8):  # in float64, twice
         squares = values.abs().to(torch.float64).square_()
         total += squares.sum()
         masked += squares.mul_(mask).sum()
@@ -90,10 +89,13 @@ def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (*parts, widened)
 
 
-def _chunks(*tensors: Tensor, size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
-    """Walk tensors of one shape together: flat and in chunks where they share a dense layout, else as they are."""
+def _chunks(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """Walk tensors of one shape together: flat and in chunks where they share a dense layout, else as they are.
+
+    Chunks are smaller by ``share`` where large temporaries are made of them.
+    """
     first = tensors[0]
-    size = size if first.device.type == "cpu" else CHUNK_ACCELERATOR
+    size = (CHUNK if first.device.type == "cpu" else CHUNK_ACCELERATOR) // share
     count = first.numel()
     if count <= size or any(t.stride() != first.stride() for t in tensors) or not _is_dense(first):
         yield tensors
