@@ -21,6 +21,7 @@ Every finished run is a line in OUT/records.jsonl. The same command again makes 
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shlex
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 from comparison.cells import Cell
 from comparison.engines import choose
-from comparison.methods import ANNEALED_ONCE, BY_MAGNITUDE, ITERATIVE, PENALISED, SEARCHES
+from comparison.methods import SEARCHES, with_its_own
 from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
 from comparison.records import Records
@@ -55,9 +56,9 @@ class Comparison:
     def cells(self) -> list[Cell]:
         """One for each row of the table; learning rates and seeds come later."""
         o = self.options
-        rows: list[Cell] = []
-        for method in o.methods:
-            row = Cell(
+        grid = itertools.product(o.sparsity, o.methods, o.schedules, o.max_penalties)
+        rows = [
+            Cell(
                 data=o.data,
                 model=o.model,
                 method=method,
@@ -66,32 +67,30 @@ class Comparison:
                 batch=o.batch,
                 dense_rate=0.0,
                 rate=0.0,
-                search=o.search if method in SEARCHES else 0.0,
-                cycles=o.cycles if method in ITERATIVE else 1,
-                magnitude=o.magnitude if method in BY_MAGNITUDE else "",
-                anneal=o.anneal if method in ANNEALED_ONCE else "each",
+                sparsity=sparsity,
+                search=o.search,
+                cycles=o.cycles,
+                magnitude=o.magnitude,
+                schedule=schedule,
+                max_penalty=ceiling,
+                hold=o.hold,
+                anneal=o.anneal,
                 pixels=o.pixels,
                 autocast=o.autocast,
                 compile=o.compile,
                 ranks=dist.get_world_size() if dist.is_initialized() else 1,
             )
-            if method == "dense":
-                rows.append(row)
-                continue
-            variants = [row]
-            if method in PENALISED:
-                pairs = [(schedule, ceiling) for schedule in o.schedules for ceiling in o.max_penalties]
-                variants = [replace(row, schedule=s, max_penalty=ceiling, hold=o.hold) for s, ceiling in pairs]
-            rows += [replace(variant, sparsity=sparsity) for sparsity in o.sparsity for variant in variants]
-        return rows
+            for sparsity, method, schedule, ceiling in grid
+        ]
+        rows.sort(key=lambda row: o.methods.index(row.method))  # and within a method by sparsity
+        return list(dict.fromkeys(map(with_its_own, rows)))
 
     def run(self) -> dict[Cell, dict[str, Any]]:
         """Make what is missing; the results of all final runs."""
         rows = self.cells()
         dense = next((row for row in rows if row.method == "dense"), None)
         if dense is None and any(row.method in SEARCHES and row.anneal == "each" for row in rows):
-            dense = replace(rows[0], method="dense", sparsity=0.0, search=0.0, cycles=1, magnitude="", anneal="each")
-            dense = replace(dense, schedule="", max_penalty=0.0, hold=0.0)
+            dense = with_its_own(replace(rows[0], method="dense"))
         others = [row for row in rows if row.method != "dense"]
         rates, seeds = self.options.rates, self.options.seeds
         trials = len(rates) * self.options.tuning_seeds if len(rates) > 1 else 0

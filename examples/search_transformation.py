@@ -20,7 +20,7 @@ import torch
 from comparison.cells import Cell
 from comparison.data import DATA
 from comparison.engines import choose
-from comparison.methods import ANNEALED_ONCE, BY_MAGNITUDE, ITERATIVE, METHODS, PENALISED, SEARCHES
+from comparison.methods import ANNEALED_ONCE, METHODS, PENALISED, SEARCHES, with_its_own
 from comparison.models import MODELS
 from comparison.options import TUNING_SEED
 from comparison.progress import ProgressBar
@@ -57,35 +57,35 @@ def make_parser() -> argparse.ArgumentParser:
 
 def settings(options: argparse.Namespace) -> list[Cell]:
     """The grid without rates and seeds; a method varies only in what it has."""
-    found: dict[Cell, None] = {}
-    grid = itertools.product(options.sparsity, options.methods, options.searches, options.anneals)
-    penalties = list(itertools.product(options.schedules, options.max_penalties, options.holds, options.delays))
-    for (sparsity, method, search, anneal), (schedule, ceiling, hold, delay) in itertools.product(grid, penalties):
-        penalised = method in PENALISED
-        found[
-            Cell(
-                data=options.data,
-                model=options.model,
-                method=method,
-                seed=0,
-                updates=options.updates,
-                batch=options.batch,
-                dense_rate=0.0,
-                rate=0.0,
-                sparsity=0.0 if method == "dense" else sparsity,
-                search=search if method in SEARCHES else 0.0,
-                cycles=options.cycles if method in ITERATIVE else 1,
-                magnitude="uniform" if method in BY_MAGNITUDE else "",
-                schedule=schedule if penalised else "",
-                max_penalty=ceiling if penalised else 0.0,
-                hold=hold if penalised else 0.0,
-                delay=delay if penalised else 0.0,
-                anneal=anneal if method in ANNEALED_ONCE else "each",
-                pixels=options.pixels,
-                tuning=True,
-            )
-        ] = None
-    return list(found)
+    grid = itertools.product(
+        *(options.sparsity, options.methods, options.searches, options.anneals),
+        *(options.schedules, options.max_penalties, options.holds, options.delays),
+    )
+    rows = [
+        Cell(
+            data=options.data,
+            model=options.model,
+            method=method,
+            seed=0,
+            updates=options.updates,
+            batch=options.batch,
+            dense_rate=0.0,
+            rate=0.0,
+            sparsity=sparsity,
+            search=search,
+            cycles=options.cycles,
+            magnitude="uniform",
+            schedule=schedule,
+            max_penalty=ceiling,
+            hold=hold,
+            delay=delay,
+            anneal=anneal,
+            pixels=options.pixels,
+            tuning=True,
+        )
+        for sparsity, method, search, anneal, schedule, ceiling, hold, delay in grid
+    ]
+    return list(dict.fromkeys(map(with_its_own, rows)))
 
 
 def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> str:

@@ -253,7 +253,13 @@ def test_resumed_it_is_that_of_a_run_without_restart(interrupted_at, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", [{}, None, {"version": 2}, {"version": 1, "tick": 0, "logged": 0, "records": [[1, "transform", 0.5]]}]
+    "state",
+    [
+        {},
+        None,
+        {"version": 2, "tick": 0, "logged": 0, "records": []},
+        {"version": 1, "tick": 0, "logged": 0, "records": [[1, "transform", 0.5]]},
+    ],
 )
 def test_a_foreign_state_changes_nothing(state):
     loop = Loop(make(mlp))

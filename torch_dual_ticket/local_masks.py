@@ -71,8 +71,8 @@ class LocalMask:
         """The sums of squares of the masked weights and of all weights, as float64 scalars on the weight's device."""
         if self.is_stored_for(weight):
             return squared_norms(weight, self._masked(self.whole(parameter, weight)))
-        sums = [squared_norms(weight[rows], self._masked(mask)) for rows, mask in self.parts(parameter, weight)]
-        masked, total = torch.tensor(sums, dtype=torch.float64, device=weight.device).view(-1, 2).sum(0)
+        parts = [squared_norms(weight[rows], self._masked(mask)) for rows, mask in self.parts(parameter, weight)]
+        masked, total = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
         return masked, total
 
     def _masked(self, mask: Tensor) -> Tensor:

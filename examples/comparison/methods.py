@@ -7,6 +7,7 @@ each, and what it trains is trained by the same loop.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch_dual_ticket import RSTScheduler
@@ -15,6 +16,7 @@ from torch_dual_ticket.baselines import LotteryTicket, hold, magnitude_masks, ra
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .cells import Cell
     from .training import Job
 
 
@@ -117,3 +119,21 @@ BY_MAGNITUDE = {"L1", "LTH", "LTH-iter"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = {"L1", "random-after-dense", "RST", "RST-iter"}  # where nothing is rewound
 PENALISED = {"RST", "RST-iter"}
+
+
+def with_its_own(cell: Cell) -> Cell:
+    """The cell, with nothing set that its method does not have: or equal runs would count as different ones."""
+    method, unused = cell.method, {}
+    if method == "dense":
+        unused |= {"sparsity": 0.0}
+    if method not in SEARCHES:
+        unused |= {"search": 0.0}
+    if method not in ITERATIVE:
+        unused |= {"cycles": 1}
+    if method not in BY_MAGNITUDE:
+        unused |= {"magnitude": ""}
+    if method not in ANNEALED_ONCE:
+        unused |= {"anneal": "each"}
+    if method not in PENALISED:
+        unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0, "delay": 0.0}
+    return replace(cell, **unused)

@@ -50,7 +50,6 @@ class Job:
         self.search = round(cell.search * cell.updates)
         self.done = {"dense": 0, "sparse": 0}
         self.training_flops = 0.0
-        self._optimizer: torch.optim.Optimizer | None = None
         self._flops = FlopCount(self.model, data.example())
         self._forward: nn.Module = self.model
         self._rank, self._ranks = 0, 1
@@ -88,7 +87,7 @@ class Job:
             first, last, rate = sum(self.done.values()), self.cell.updates, self.cell.rate
         self.done["sparse" if masks else "dense"] += updates
         self.training_flops += self._flops.training(updates, self.cell.batch, masks)
-        if self._optimizer is None or first == 0:
+        if first == 0:
             self._optimizer = self.recipe.optimizer(self.model.parameters(), rate)
         optimizer = self._optimizer
         half = DTYPES.get(self.cell.autocast)
