@@ -5,11 +5,13 @@ methods (names as in the tables):
   scratch             a random ticket, trained from initialisation
   scratch-ERK         the same, with more weights kept in small layers (Erdős–Rényi-Kernel)
   L1                  train, remove the smallest weights, finetune
+  GMP                 gradual magnitude pruning: the same little by little, during the search
   LTH                 lottery ticket: train, remove the smallest weights, rewind to initialisation, train
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
   RST                 train under a growing penalty on the weights of a random mask, mask, finetune
-  RST-iter            the same in several cycles, with nested masks
+  RST-ERK             the same, with more weights kept in small layers
+  RST-iter            RST in several cycles, with nested masks
 
 What is kept equal: the total number of updates, the initial weights and the order of the batches of a seed, which
 layers stay dense, the optimizer, and how many learning rates a method may try. The rate of the dense stretches is the
@@ -33,7 +35,8 @@ import torch
 import torch.distributed as dist
 from comparison.cells import Cell
 from comparison.engines import choose
-from comparison.methods import SEARCHES, with_its_own
+from comparison.methods import GMP_INTERVALS, SEARCHES, with_its_own
+from comparison.models import MODELS
 from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
 from comparison.records import Records
@@ -74,6 +77,10 @@ class Comparison:
                 schedule=schedule,
                 max_penalty=ceiling,
                 hold=o.hold,
+                delay=o.delay,
+                pattern=o.pattern,
+                optimizer=o.optimizer or "",
+                recalibrate=o.recalibrate,
                 anneal=o.anneal,
                 pixels=o.pixels,
                 autocast=o.autocast,
@@ -146,6 +153,9 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     again = (
         "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
     )
+    delayed = f", after the first {options.delay:.0%} of the search" if options.delay else ""
+    pattern = "" if options.pattern == "unstructured" else f", {options.pattern} along the input dimension"
+    anew = f" on {options.recalibrate} training batches" if options.recalibrate else ", not measured anew"
     return f"""# {options.model} on {options.data}
 
     {shlex.join(command)}
@@ -155,14 +165,16 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 - Learning rates rise for 5 % and then fall along a cosine {again}.
 - Data: {sizes}{pixels}.
 - Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
+- Optimizer: {options.optimizer or MODELS[options.model].optimizer}. BatchNorm after a mask: statistics{anew}.
+- GMP prunes {GMP_INTERVALS} times{delayed}; until its last mask its weights count as dense.
 - RST: penalty {" and ".join(options.schedules)}, up to {" and ".join(f"{p:g}" for p in options.max_penalties)}, and at
-  its ceiling for the last {options.hold:.0%} of a cycle. Residual: the share of the norm that the masked weights still
-  held when they were set to zero.
+  its ceiling for the last {options.hold:.0%} of a cycle{delayed}. Residual: the share of the norm that
+  the masked weights still held when they were set to zero.
 - Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and so on are
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
   brackets: relative to dense training.
-- Sparsity is that of the layers that are pruned. Rate: learning rate of the last stretch of training.
+- Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of the last stretch of training.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.
 

@@ -20,9 +20,9 @@ import torch
 from comparison.cells import Cell
 from comparison.data import DATA
 from comparison.engines import choose
-from comparison.methods import ANNEALED_ONCE, METHODS, PENALISED, SEARCHES, with_its_own
-from comparison.models import MODELS
-from comparison.options import TUNING_SEED
+from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALISED, SEARCHES, with_its_own
+from comparison.models import MODELS, OPTIMIZERS
+from comparison.options import PATTERNS, TUNING_SEED, sparsities_of
 from comparison.progress import ProgressBar
 from comparison.records import Records
 from comparison.report import estimate
@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pixels", type=int, default=0, help="average images to this height and width")
     add("--model", choices=MODELS, default="lenet-300-100")
     add("--methods", nargs="+", choices=METHODS, default=["scratch", "RST"])
-    add("--sparsity", nargs="+", type=float, default=[0.9, 0.98])
+    add("--sparsity", nargs="+", type=float, help="default: 0.9 0.98, or what the pattern means")
+    add("--pattern", choices=PATTERNS, default="unstructured", help="of the masks")
     add("--updates", type=int, default=6000)
     add("--batch", type=int, default=64)
     add("--searches", nargs="+", type=float, default=[0.1, 0.25, 0.5], help="part of the updates before the mask")
@@ -44,9 +45,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--schedules", nargs="+", choices=("linear", "quadratic", "cubic"), default=["linear", "cubic"])
     add("--max-penalties", nargs="+", type=float, default=[1.0])
     add("--holds", nargs="+", type=float, default=[0.2], help="part of a cycle at the ceiling")
-    add("--delays", nargs="+", type=float, default=[0.0], help="part of the search before the penalty begins")
+    add("--delays", nargs="+", type=float, default=[0.0], help="part of the search before penalty or GMP begins")
     add("--cycles", type=int, default=3)
-    add("--rates", nargs="+", type=float, help="default: three, by model")
+    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, and adamw for char-transformer")
+    text = "of the optimizer where a stretch of training begins; default: new where its learning rate starts again"
+    add("--optimizer-states", nargs="+", choices=("new", "kept"), default=[""], help=text)
+    text = "batches that BatchNorm's statistics are measured anew on just after the mask"
+    add("--recalibrations", nargs="+", type=int, default=[0], help=text)
+    add("--rates", nargs="+", type=float, help="default: three, by optimizer")
     add("--dense-rate", type=float, help="of the search where rates fall in each stretch; default: the rate itself")
     add("--seeds", type=int, default=2)
     add("--jobs", type=int, default=1)
@@ -60,6 +66,7 @@ def settings(options: argparse.Namespace) -> list[Cell]:
     grid = itertools.product(
         *(options.sparsity, options.methods, options.searches, options.anneals),
         *(options.schedules, options.max_penalties, options.holds, options.delays),
+        *(options.optimizer_states, options.recalibrations),
     )
     rows = [
         Cell(
@@ -79,47 +86,55 @@ def settings(options: argparse.Namespace) -> list[Cell]:
             max_penalty=ceiling,
             hold=hold,
             delay=delay,
+            pattern=options.pattern,
+            optimizer=options.optimizer or "",
+            optimizer_state=state,
+            recalibrate=recalibrate,
             anneal=anneal,
             pixels=options.pixels,
             tuning=True,
         )
-        for sparsity, method, search, anneal, schedule, ceiling, hold, delay in grid
+        for sparsity, method, search, anneal, schedule, ceiling, hold, delay, state, recalibrate in grid
     ]
     return list(dict.fromkeys(map(with_its_own, rows)))
 
 
 def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> str:
-    header = ["sparsity", "method", "search", "rate falls", "penalty", "hold", "delay", "rate"]
-    header += ["just masked, %", "residual", "validation, %"]
-    lines = ["| " + " | ".join(header) + " |", "|---:|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
-
     def best(row: Cell) -> tuple[float, list[dict]]:
         runs = {rate: [records.results[cell] for cell in runs_of(options, row, rate)] for rate in options.rates}
         return max(runs.items(), key=lambda item: sum(result["validation"] for result in item[1]))
 
     found = [(row, *best(row)) for row in rows]
     found.sort(key=lambda item: (item[0].sparsity, -sum(result["validation"] for result in item[2])))
+    lines = []
     for row, rate, results in found:
         masked, residual = (
             "" if results[0][name] is None else f"{sum(r[name] for r in results) / len(results):.{digits}}"
             for name, digits in (("masked", "1f"), ("residual", "2%"))
         )
-        penalised = row.method in PENALISED
-        cells = [
-            f"{100 * row.sparsity:g} %",
-            row.method,
-            f"{row.search:.0%}" if row.search else "",
-            row.anneal if row.method in ANNEALED_ONCE else "",
-            row.variant,
-            f"{row.hold:g}" if penalised else "",
-            f"{row.delay:g}" if penalised else "",
-            f"{rate:g}",
-            masked,
-            residual,
-            str(estimate([result["validation"] for result in results])),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        penalised, goes_on = row.method in PENALISED, row.method in ANNEALED_ONCE
+        kept = row.optimizer_state or ("new" if row.anneal == "each" else "kept")
+        lines.append(
+            {
+                "sparsity": f"{100 * row.sparsity:g} %",
+                "method": row.method,
+                "search": f"{100 * row.search:g} %" if row.search else "",
+                "rate falls": row.anneal if goes_on else "",
+                "penalty": row.variant,
+                "hold": f"{row.hold:g}" if penalised else "",
+                "delay": f"{row.delay:g}" if row.method in DELAYED else "",
+                **({"optimizer at the mask": kept if goes_on else ""} if options.optimizer_states != [""] else {}),
+                **({"BatchNorm": f"{row.recalibrate}" if goes_on else ""} if options.recalibrations != [0] else {}),
+                "rate": f"{rate:g}",
+                "just masked, %": masked,
+                "residual": residual,
+                "validation, %": str(estimate([result["validation"] for result in results])),
+            }
+        )
+    left = {"method", "rate falls", "penalty"}
+    rows_of_text = [list(lines[0]), ["---" if name in left else "---:" for name in lines[0]]]
+    rows_of_text += [list(line.values()) for line in lines]
+    return "".join(f"| {' | '.join(texts)} |\n" for texts in rows_of_text)
 
 
 def runs_of(options: argparse.Namespace, row: Cell, rate: float) -> list[Cell]:
@@ -129,8 +144,10 @@ def runs_of(options: argparse.Namespace, row: Cell, rate: float) -> list[Cell]:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
-    options.rates = sorted(options.rates or MODELS[options.model].rates)
+    parser = make_parser()
+    options = parser.parse_args()
+    options.rates = sorted(options.rates or OPTIMIZERS[options.optimizer or MODELS[options.model].optimizer].rates)
+    options.sparsity = sparsities_of(parser, options, default=(0.9, 0.98))
     options.out.mkdir(parents=True, exist_ok=True)
     records = Records(options.out / "records.jsonl")
     rows = settings(options)

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compare_tickets
@@ -21,7 +22,7 @@ from comparison import engines, methods, training
 from comparison.cells import Cell
 from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip, fashion_mnist, read_idx
 from comparison.flops import FlopCount
-from comparison.methods import ANNEALED_ONCE, METHODS, PENALISED
+from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALISED, SEARCHES, WITH_PATTERN, with_its_own
 from comparison.models import MODELS
 from comparison.options import make_parser
 from comparison.records import Records
@@ -77,7 +78,7 @@ def test_every_method_makes_the_same_number_of_updates(method, monkeypatch):
     assert (result["masked"] is not None) == looks_at_masked
     assert result["achieved_sparsity"] == (0 if method == "dense" else pytest.approx(0.8, abs=1e-4))
     assert (result["residual"] is not None) == (method in PENALISED)
-    if method not in ("dense", "scratch", "scratch-ERK", "LTH-iter"):
+    if method in SEARCHES - {"LTH-iter"}:
         assert result["dense_updates"] == CELL.updates / 2
 
 
@@ -122,6 +123,125 @@ def test_the_penalty_may_begin_later(monkeypatch):
         handle.remove()
     assert began == [10]
     assert (result["dense_updates"], result["sparse_updates"]) == (20, 20)
+
+
+def test_gradual_pruning_takes_more_and_more_of_the_smallest_and_holds_them(monkeypatch):
+    zeros, lefts = [], []
+
+    def note(optimizer, *_):
+        zeros.append([p == 0 for group in optimizer.param_groups for p in group["params"] if p.dim() == 2][:2])
+
+    hold = methods.hold
+
+    def note_weights(model, masks):
+        lefts.extend((model.get_parameter(name).abs(), mask) for name, mask in masks.items())
+        return hold(model, masks)
+
+    monkeypatch.setattr(methods, "hold", note_weights)
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        training.run_cell(cell("GMP", updates=200, search=0.7, delay=3 / 7, magnitude="uniform"), None, CPU)
+    finally:
+        handle.remove()
+    sparsities = [float(torch.cat([z.flatten() for z in now]).float().mean()) for now in zeros]
+    # 60 updates of plain training, and then a mask after every fourth of 80; an update shows the mask before it.
+    for update, sparsity in enumerate(sparsities, 1):
+        progress = min(1, max(0, update - 61) // 4 * 4 / 80)
+        assert sparsity == pytest.approx(0.8 * (1 - (1 - progress) ** 3), abs=1e-3), update
+    assert all(bool((z[i] | ~before[i]).all()) for before, z in itertools.pairwise(zeros) for i in (0, 1))
+    assert len(lefts) == 2 * 20
+    assert all(weights[mask].min() >= weights[~mask].max() for weights, mask in lefts)
+
+
+@pytest.mark.parametrize("method", sorted(WITH_PATTERN - {"dense"}))
+def test_masks_of_a_pattern_leave_two_of_four(method, monkeypatch):
+    models = []
+    monkeypatch.setattr(training, "accuracy", lambda model, *_: models.append(model) or 50.0)
+    run = cell(method, pattern="2:4", sparsity=0.5, magnitude="uniform", model="convnet", pixels=4, updates=20)
+    assert training.run_cell(run, None, CPU)["achieved_sparsity"] == 0.5
+    for layer in (models[-1][3], models[-1][6], models[-1][9]):
+        kept = (layer.weight != 0).float().unflatten(1, (-1, 4)).sum(2)
+        assert (kept == 2).all()
+
+
+def test_an_optimizer_other_than_the_recipes_can_be_chosen(monkeypatch):
+    used = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: used.append(type(optimizer)))
+    try:
+        for name in ("", "sgd", "adamw"):
+            training.run_cell(cell("scratch", optimizer=name), None, CPU)
+    finally:
+        handle.remove()
+    assert used == [torch.optim.SGD] * 80 + [torch.optim.AdamW] * 40
+    assert with_its_own(cell("RST", optimizer="sgd")) == with_its_own(cell("RST"))
+    assert with_its_own(cell("RST", optimizer="adamw")) != with_its_own(cell("RST"))
+
+
+@pytest.mark.parametrize(("anneal", "usual", "other"), [("each", "new", "kept"), ("once", "kept", "new")])
+def test_the_optimizer_is_new_or_kept_where_a_stretch_begins(anneal, usual, other):
+    optimizers, rates = [], []
+
+    def note(optimizer, *_):
+        rates.append(optimizer.param_groups[0]["lr"])
+        if not any(optimizer is known for known in optimizers):
+            optimizers.append(optimizer)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        training.run_cell(cell("RST", anneal=anneal, optimizer_state=other), None, CPU)
+        assert len(optimizers) == (2 if other == "new" else 1)
+        training.run_cell(cell("RST", anneal=anneal), None, CPU)
+    finally:
+        handle.remove()
+    assert rates[: CELL.updates] == rates[CELL.updates :]
+    assert with_its_own(cell("RST", anneal=anneal, optimizer_state=usual)) == with_its_own(cell("RST", anneal=anneal))
+    assert with_its_own(cell("RST", anneal=anneal, optimizer_state=other)).optimizer_state == other
+
+
+def test_statistics_are_measured_anew_just_after_the_mask(monkeypatch):
+    seen = []
+
+    def note(model, data, part):
+        batches = data.batches(CELL.batch, CELL.seed)
+        with torch.no_grad():
+            first = [model[0](next(batches)[0]) for _ in range(3)]
+        mean = torch.stack([x.mean((0, 2, 3)) for x in first]).mean(0)
+        variance = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in first]).mean(0)
+        norm = model[1]
+        close = torch.allclose(norm.running_mean, mean, atol=1e-5) and torch.allclose(norm.running_var, variance)
+        seen.append((part, close, norm.momentum, model.training))
+        return 50.0
+
+    monkeypatch.setattr(training, "accuracy", note)
+    run = cell("random-after-dense", model="convnet", pixels=4, updates=20)
+    training.run_cell(replace(run, recalibrate=3), None, CPU)
+    training.run_cell(run, None, CPU)
+    assert [close for _, close, _, _ in seen] == [True, False, False, False, False, False]
+    assert all((momentum, in_training) == (0.1, True) for _, _, momentum, in_training in seen)
+
+
+def test_a_model_without_batch_normalisation_has_nothing_to_measure_anew():
+    with pytest.raises(ValueError, match="has no BatchNorm"):
+        training.run_cell(cell("L1", recalibrate=3), None, CPU)
+
+
+def test_rst_may_keep_more_in_small_layers(monkeypatch):
+    masks = {}
+    finalize = methods.RSTScheduler.finalize
+    monkeypatch.setattr(
+        methods.RSTScheduler, "finalize", lambda rst: masks.update(rst=dict(rst.masks)) or finalize(rst)
+    )
+    random_ticket = methods.random_ticket
+
+    def note(*arguments, **keywords):
+        held = random_ticket(*arguments, **keywords)
+        masks["scratch"] = dict(held.masks)
+        return held
+
+    monkeypatch.setattr(methods, "random_ticket", note)
+    training.run_cell(cell("RST-ERK"), None, CPU)
+    training.run_cell(cell("scratch-ERK"), None, CPU)
+    assert all(torch.equal(mask, masks["rst"][name]) for name, mask in masks["scratch"].items())
 
 
 def test_a_tuning_run_does_not_look_at_the_test_part(monkeypatch):
@@ -430,6 +550,61 @@ def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
 
 
+def test_a_search_asks_what_else_may_matter(tmp_path, monkeypatch, capsys):
+    def table(*arguments):
+        fixed = ["--updates", "20", "--seeds", "1", "--model", "convnet", "--pixels", "4", "--methods", "scratch", "L1"]
+        fixed += ["GMP", "RST", "--searches", "0.5", "--rates", "0.001", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["search_transformation.py", *fixed, "--schedules", "linear", *arguments])
+        search_transformation.main()
+        lines = (tmp_path / "table.md").read_text().splitlines()[2:]
+        assert len({line.count("|") for line in lines}) == 1
+        texts = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+        return [dict(zip(texts[0], row, strict=True)) for row in texts[2:]]
+
+    def column(rows, method, name):
+        return sorted(row[name] for row in rows if row["method"] == method)
+
+    rows = table("--sparsity", "0.8", "--anneals", "once", "--delays", "0", "0.5", "--optimizer-states", "new", "kept")
+    assert column(rows, "RST", "delay") == column(rows, "GMP", "delay") == ["0", "0", "0.5", "0.5"]
+    assert column(rows, "L1", "optimizer at the mask") == ["kept", "new"]
+    assert column(rows, "scratch", "optimizer at the mask") == [""]
+    rows = table("--sparsity", "0.8", "--anneals", "once", "--optimizer", "adamw", "--recalibrations", "0", "2")
+    assert column(rows, "L1", "BatchNorm") == ["0", "2"]
+    rows = table("--pattern", "1:4", "--methods", "scratch", "RST", "--anneals", "each")
+    assert [row["sparsity"] for row in rows] == ["75 %"] * 2
+    records = Records(tmp_path / "records.jsonl").results
+    assert {(cell.pattern, cell.optimizer) for cell in records} == {
+        ("unstructured", ""),
+        ("unstructured", "adamw"),
+        ("1:4", ""),
+    }
+    capsys.readouterr()
+
+
+def test_a_comparison_says_what_is_not_usual(tmp_path):
+    arguments = ["--methods", "L1", "GMP", "RST", "--optimizer", "adamw", "--delay", "0.5", "--seeds", "1"]
+    arguments += ["--model", "convnet", "--pixels", "4", "--recalibrate", "2", "--rates", "0.001"]
+    table = run_command(tmp_path, *arguments)
+    assert "Optimizer: adamw. BatchNorm after a mask: statistics on 2 training batches" in table
+    assert "GMP prunes 20 times, after the first 50% of the search" in table
+    for cell in Records(tmp_path / "records.jsonl").results:
+        assert (cell.optimizer, cell.recalibrate, cell.delay) == ("adamw", 2, 0.5 if cell.method in DELAYED else 0)
+    arguments = ["--methods", "L1", "RST", "--pattern", "2:4", "--seeds", "1", "--rates", "0.1", "--updates", "40"]
+    compare_tickets.main([*arguments, "--out", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert "that are pruned, 2:4 along the input dimension" in table
+    assert [line[:6] for line in table.splitlines() if line.startswith("| 50 %")] == ["| 50 %"] * 2
+
+
+def test_records_from_before_the_newer_fields_are_still_known():
+    for path in sorted((EXAMPLES / "results").rglob("records.jsonl")):
+        assert Records(path).results
+    old = '{"data": "digits", "model": "convnet", "method": "dense", "seed": 0, "updates": 40, "batch": 16'
+    old += ', "dense_rate": 0.0, "rate": 0.1}'
+    known = Cell(**json.loads(old))
+    assert (known.pattern, known.optimizer, known.optimizer_state, known.recalibrate) == ("unstructured", "", "", 0)
+
+
 # ---------------------------------------------------------------------- the report
 
 
@@ -520,6 +695,8 @@ def test_several_processes_and_several_ranks_do_what_one_process_does(tmp_path):
         (["--sparsity", "90"], "between 0 and 1"),
         (["--updates", "40", "--cycles", "5"], "too few"),
         (["--methods", "magic"], "invalid choice"),
+        (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
+        (["--pattern", "2:4", "--methods", "RST", "--sparsity", "0.9"], "means a sparsity of 0.5"),
         (["--engine", "ray"], "pip install '.[ray]'"),
     ],
 )

@@ -24,8 +24,12 @@ class Cell:
     schedule: str = ""  # of RST's penalty
     max_penalty: float = 0.0
     hold: float = 0.0  # part of a cycle in which the penalty stays at its ceiling
-    delay: float = 0.0  # part of the search that is plain training, before the penalty begins
+    delay: float = 0.0  # part of the search that is plain training, before the penalty or GMP's pruning begins
     anneal: str = "each"  # whether the learning rate falls in "each" stretch of training, or "once" over all
+    pattern: str = "unstructured"  # of the mask, or "n:m"
+    optimizer: str = ""  # "" is the one of the model's recipe
+    optimizer_state: str = ""  # "new" or "kept" where a stretch begins; "": new where its learning rate starts again
+    recalibrate: int = 0  # training batches that BatchNorm's statistics are measured anew on, just after the mask
     pixels: int = 0  # height and width that images are averaged to; 0 leaves them as they are
     autocast: str = "off"
     compile: bool = False

@@ -6,18 +6,24 @@ each, and what it trains is trained by the same loop.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import LotteryTicket, hold, magnitude_masks, random_ticket
+
+from .models import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .cells import Cell
     from .training import Job
+
+
+GMP_INTERVALS = 20
 
 
 def dense(job: Job) -> None:
@@ -37,10 +43,36 @@ def scratch_erk(job: Job) -> None:
 def magnitude(job: Job) -> None:
     """Train, remove the smallest weights, finetune."""
     job.train(job.search, job.cell.dense_rate)
+    hold_largest(job, job.cell.sparsity, pattern=job.cell.pattern)
+    job.look_at_masked()
+    job.train(job.left, job.cell.rate)
+
+
+def hold_largest(job: Job, sparsity: float, **options: Any) -> None:
     masks = magnitude_masks(
-        job.model, job.cell.sparsity, distribution=job.cell.magnitude, exclude=job.recipe.dense_layers
+        job.model, sparsity, distribution=job.cell.magnitude, exclude=job.recipe.dense_layers, **options
     )
+    if job.ticket is not None:
+        job.ticket.remove()
     job.ticket = hold(job.model, masks)
+
+
+def gradual(job: Job) -> None:
+    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): more and more of the smallest weights go.
+
+    The sparsity grows as 1 - (1 - progress)³, in equal intervals; between them the masks are held.
+    """
+    job.train_delay()
+    length = job.search - sum(job.done.values())
+    ends = [length * number // GMP_INTERVALS for number in range(1, GMP_INTERVALS + 1)]
+    update = itertools.count(1)
+
+    def prune() -> None:
+        now = next(update)
+        if now in ends:
+            hold_largest(job, job.cell.sparsity * (1 - (1 - now / length) ** 3), within=job.masks)
+
+    job.train(length, job.cell.dense_rate, after_update=prune)
     job.look_at_masked()
     job.train(job.left, job.cell.rate)
 
@@ -72,13 +104,12 @@ def random_after_dense(job: Job) -> None:
     job.train(job.left, job.cell.rate)
 
 
-def rst(job: Job, cycles: int = 1) -> None:
+def rst(job: Job, cycles: int = 1, distribution: str = "uniform") -> None:
     """Train under the growing penalty, mask, finetune."""
     cell = job.cell
-    delay = round(cell.delay * job.search)
-    if delay:
-        job.train(delay, cell.dense_rate)
-    length = (job.search - delay) // cycles
+    job.train_delay()
+    updates = job.search - sum(job.done.values())
+    length = updates // cycles
     held = min(length - 1, round(cell.hold * length))
     job.ticket = rst = RSTScheduler(
         job.model,
@@ -88,15 +119,20 @@ def rst(job: Job, cycles: int = 1) -> None:
         max_penalty=cell.max_penalty,
         schedule=cell.schedule,
         cycles=cycles,
+        distribution=distribution,
         **job.same_mask,
     )
     with warnings.catch_warnings():  # the table says how much was left
         warnings.filterwarnings("ignore", message="with lr=|the masked weights still held")
-        job.train(job.search - delay, cell.dense_rate, after_update=rst.step)
+        job.train(updates, cell.dense_rate, after_update=rst.step)
         job.residual = rst.residual()
         rst.finalize()
     job.look_at_masked()
     job.train(job.left, cell.rate)
+
+
+def rst_erk(job: Job) -> None:
+    rst(job, distribution="erk")
 
 
 def rst_iterative(job: Job) -> None:
@@ -108,17 +144,22 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "scratch": scratch,
     "scratch-ERK": scratch_erk,
     "L1": magnitude,
+    "GMP": gradual,
     "LTH": lottery,
     "LTH-iter": lottery_iterative,
     "random-after-dense": random_after_dense,
     "RST": rst,
+    "RST-ERK": rst_erk,
     "RST-iter": rst_iterative,
 }
-SEARCHES = {"L1", "LTH", "LTH-iter", "random-after-dense", "RST", "RST-iter"}
-BY_MAGNITUDE = {"L1", "LTH", "LTH-iter"}
+PAPER = [method for method in METHODS if method not in ("GMP", "RST-ERK")]
+SEARCHES = {"L1", "GMP", "LTH", "LTH-iter", "random-after-dense", "RST", "RST-ERK", "RST-iter"}
+BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
-ANNEALED_ONCE = {"L1", "random-after-dense", "RST", "RST-iter"}  # where nothing is rewound
-PENALISED = {"RST", "RST-iter"}
+ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
+PENALISED = {"RST", "RST-ERK", "RST-iter"}
+DELAYED = {*PENALISED, "GMP"}
+WITH_PATTERN = {"dense", "scratch", "L1", "random-after-dense", "RST"}
 
 
 def with_its_own(cell: Cell) -> Cell:
@@ -133,7 +174,15 @@ def with_its_own(cell: Cell) -> Cell:
     if method not in BY_MAGNITUDE:
         unused |= {"magnitude": ""}
     if method not in ANNEALED_ONCE:
-        unused |= {"anneal": "each"}
+        unused |= {"anneal": "each", "optimizer_state": "", "recalibrate": 0}
+    elif cell.optimizer_state == ("new" if cell.anneal == "each" else "kept"):
+        unused |= {"optimizer_state": ""}
     if method not in PENALISED:
-        unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0, "delay": 0.0}
+        unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0}
+    if method not in DELAYED:
+        unused |= {"delay": 0.0}
+    if method == "dense":
+        unused |= {"pattern": "unstructured"}
+    if cell.optimizer == MODELS[cell.model].optimizer:
+        unused |= {"optimizer": ""}
     return replace(cell, **unused)

@@ -111,6 +111,14 @@ class CharTransformer(nn.Module):
         return self.head(self.norm(self.blocks(self.characters(x) + self.positions)))
 
 
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer, and the learning rates that every method may choose from."""
+
+    build: Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
+    rates: tuple[float, ...]
+
+
 def sgd(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
 
@@ -125,17 +133,17 @@ class Recipe:
 
     build: Callable[[tuple[int, ...], int], nn.Module]
     dense_layers: tuple[str, ...]
-    optimizer: Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
-    rates: tuple[float, ...]  # the learning rates that every method may choose from
+    optimizer: str
     reads: str  # "images" or "text"
 
 
+OPTIMIZERS = {"sgd": Optimizer(sgd, (0.03, 0.1, 0.3)), "adamw": Optimizer(adamw, (3e-4, 1e-3, 3e-3))}
 MODELS = {
-    "lenet-300-100": Recipe(LeNet300100, ("5",), sgd, (0.03, 0.1, 0.3), "images"),
-    "convnet": Recipe(SmallConvNet, ("0", "14"), sgd, (0.03, 0.1, 0.3), "images"),
+    "lenet-300-100": Recipe(LeNet300100, ("5",), "sgd", "images"),
+    "convnet": Recipe(SmallConvNet, ("0", "14"), "sgd", "images"),
     **{
-        f"resnet{depth}": Recipe(partial(ResNet, depth=depth), ("conv", "fc"), sgd, (0.03, 0.1, 0.3), "images")
+        f"resnet{depth}": Recipe(partial(ResNet, depth=depth), ("conv", "fc"), "sgd", "images")
         for depth in (8, 20, 32, 56)
     },
-    "char-transformer": Recipe(CharTransformer, ("head",), adamw, (3e-4, 1e-3, 3e-3), "text"),
+    "char-transformer": Recipe(CharTransformer, ("head",), "adamw", "text"),
 }

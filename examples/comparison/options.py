@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from .data import DATA
-from .methods import METHODS
-from .models import MODELS
+from .methods import METHODS, PAPER, WITH_PATTERN
+from .models import MODELS, OPTIMIZERS
 from .training import load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
+PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75}  # and the sparsity that each means
 MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
 
 
@@ -43,9 +44,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     text = "average images to N × N pixels, for computers without a GPU; default: as they are"
     what("--pixels", type=at_least(1), default=0, metavar="N", help=text)
     what("--model", choices=MODELS, default="lenet-300-100", help="default: lenet-300-100")
-    what("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help="default: all of the above")
-    text = "fractions of weights to remove; default: 0.9 0.95 0.98"
-    what("--sparsity", nargs="+", type=between(0, 1), default=[0.9, 0.95, 0.98], metavar="S", help=text)
+    text = "of those above; default: all but GMP and RST-ERK"
+    what("--methods", nargs="+", choices=METHODS, default=list(PAPER), metavar="M", help=text)
+    text = "fractions of weights to remove; default: 0.9 0.95 0.98, or what the pattern means"
+    what("--sparsity", nargs="+", type=between(0, 1), metavar="S", help=text)
+    text = f"of the masks: {', '.join(PATTERNS)}; default: unstructured"
+    what("--pattern", choices=PATTERNS, default="unstructured", metavar="P", help=text)
     what("--seeds", type=at_least(1), default=3, metavar="N", help="runs per method and sparsity; default: 3")
 
     budget = parser.add_argument_group("what every run may spend").add_argument
@@ -53,7 +57,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     budget("--batch", type=at_least(1), default=64, metavar="N", help="examples per update; default: 64")
     text = "part of the updates that methods spend on the search for a ticket, before they train it; default: 0.5"
     budget("--search", type=between(0, 1), default=0.5, metavar="F", help=text)
-    text = "learning rates that each method may choose from; default: three, by model"
+    budget("--optimizer", choices=OPTIMIZERS, help="default: sgd, and adamw for char-transformer")
+    text = "learning rates that each method may choose from; default: three, by optimizer"
     budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
     text = (
         "each: the learning rate rises and falls in each stretch of training, with a new optimizer; once: over the"
@@ -74,6 +79,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     how("--max-penalties", nargs="+", type=above_zero, default=[1.0], metavar="L", help=text)
     text = "part of a cycle in which the penalty stays at its ceiling; default: 0.2"
     how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
+    text = "part of the search that RST and GMP train plainly, before the penalty or the pruning begins; default: 0"
+    how("--delay", type=between(0, 1), default=0.0, metavar="F", help=text)
+    text = "measure BatchNorm's statistics anew on N training batches just after a mask; default: 0, not at all"
+    how("--recalibrate", type=at_least(0), default=0, metavar="N", help=text)
 
     where = parser.add_argument_group("where and how it runs").add_argument
     text = "folder for records, table and picture; default: comparison-results"
@@ -110,11 +119,26 @@ def above_zero(text: str) -> float:
     return between(0, float("inf"))(text)
 
 
+def sparsities_of(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, default: Sequence[float] = (0.9, 0.95, 0.98)
+) -> list[float]:
+    """Those that were given, or follow from the pattern, where the methods have it."""
+    implied = PATTERNS[options.pattern]
+    if implied is None:
+        return options.sparsity or list(default)
+    if any(sparsity != implied for sparsity in options.sparsity or ()):
+        parser.error(f"--pattern {options.pattern} means a sparsity of {implied:g}: leave out --sparsity")
+    if without := [method for method in options.methods if method not in WITH_PATTERN]:
+        parser.error(f"--pattern {options.pattern} is not for {', '.join(without)}: name others with --methods")
+    return [implied]
+
+
 def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(description)
     options = parser.parse_args(argv)
     recipe = MODELS[options.model]
-    options.rates = sorted(set(options.rates or recipe.rates))
+    options.rates = sorted(set(options.rates or OPTIMIZERS[options.optimizer or recipe.optimizer].rates))
+    options.sparsity = sparsities_of(parser, options)
     for name in ("methods", "sparsity", "schedules", "max_penalties"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from torch import nn
 from .data import DATA, Images, Text, accuracy
 from .flops import FlopCount
 from .methods import METHODS
-from .models import MODELS
+from .models import MODELS, OPTIMIZERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .cells import Cell
 
 WARM_UP = 0.05  # part of each stretch in which its learning rate rises; then it falls along a cosine
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +52,7 @@ class Job:
         self.search = round(cell.search * cell.updates)
         self.done = {"dense": 0, "sparse": 0}
         self.training_flops = 0.0
+        self._optimizer: torch.optim.Optimizer | None = None
         self._flops = FlopCount(self.model, data.example())
         self._forward: nn.Module = self.model
         self._rank, self._ranks = 0, 1
@@ -67,16 +70,24 @@ class Job:
 
     @property
     def same_mask(self) -> dict[str, Any]:
-        """With these, all random tickets of one seed and sparsity are one ticket."""
-        return {"exclude": self.recipe.dense_layers, "seed": self.cell.seed}
+        """With these, all random tickets of one seed, pattern and sparsity are one ticket."""
+        return {"exclude": self.recipe.dense_layers, "seed": self.cell.seed, "pattern": self.cell.pattern}
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """What is held at zero now: nothing while RST is in its transformation."""
         return {} if self.ticket is None or getattr(self.ticket, "phase", "") == "transform" else self.ticket.masks
 
+    def train_delay(self) -> None:
+        """The plain training before a method's own way to its mask begins."""
+        if updates := round(self.cell.delay * self.search):
+            self.train(updates, self.cell.dense_rate)
+
     def look_at_masked(self) -> None:
         """What the mask leaves of what was learnt before it."""
+        if self.cell.recalibrate:
+            batches = self.data.batches(self.cell.batch, self.cell.seed, self._rank, self._ranks)
+            recalibrate(self.model, (x for x, _ in itertools.islice(batches, self.cell.recalibrate)))
         self.masked = accuracy(self.model, self.data, "validation")
 
     def train(self, updates: int, rate: float, after_update: Callable[[], None] | None = None) -> None:
@@ -87,8 +98,10 @@ class Job:
             first, last, rate = sum(self.done.values()), self.cell.updates, self.cell.rate
         self.done["sparse" if masks else "dense"] += updates
         self.training_flops += self._flops.training(updates, self.cell.batch, masks)
-        if first == 0:
-            self._optimizer = self.recipe.optimizer(self.model.parameters(), rate)
+        is_kept = first > 0 if self.cell.optimizer_state == "" else self.cell.optimizer_state == "kept"
+        if self._optimizer is None or not is_kept:
+            build = OPTIMIZERS[self.cell.optimizer or self.recipe.optimizer].build
+            self._optimizer = build(self.model.parameters(), rate)
         optimizer = self._optimizer
         half = DTYPES.get(self.cell.autocast)
         scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
@@ -107,6 +120,25 @@ class Job:
             if update % 50 == 49:
                 self.tick(50)
         self.tick(updates % 50)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure BatchNorm's statistics anew: their means over these batches."""
+    layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm whose statistics could be measured anew")
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean
+    was_training = model.training
+    model.train()
+    for x in batches:
+        model(x)
+    model.train(was_training)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def share_of_rate(progress: float) -> float:

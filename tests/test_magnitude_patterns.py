@@ -1,0 +1,77 @@
+"""Of every m weights along the input dimension the n largest stay."""
+
+import itertools
+
+import pytest
+import torch
+from models import make, mlp
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import hold, magnitude_masks
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 5), 1),
+    "conv1d": (lambda: nn.Conv1d(12, 5, 3), 1),
+    "conv2d": (lambda: nn.Conv2d(12, 5, 3), 1),
+    "transposed": (lambda: nn.ConvTranspose2d(12, 5, 3), 0),
+}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "2:6"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_largest_of_each_group_stay(layer, pattern):
+    build, inputs = LAYERS[layer]
+    torch.manual_seed(0)
+    module = build()
+    n, m = map(int, pattern.split(":"))
+    mask = magnitude_masks(module, pattern=pattern)["weight"]
+    assert mask.shape == module.weight.shape
+    assert mask.is_contiguous()
+    weight, mask = (tensor.detach().movedim(inputs, 0) for tensor in (module.weight, mask))
+    for position in itertools.product(*map(range, weight.shape[1:])):
+        column, kept = weight[(slice(None), *position)], mask[(slice(None), *position)]
+        for first in range(0, len(column), m):
+            group = column[first : first + m].abs()
+            assert kept[first : first + m].nonzero().flatten().tolist() == sorted(group.topk(n).indices.tolist())
+
+
+def test_equal_ones_go_by_position_and_earlier_masks_come_first():
+    model = nn.Linear(4, 2)
+    nn.init.ones_(model.weight)
+    assert magnitude_masks(model, pattern="2:4")["weight"].tolist() == [[False, False, True, True]] * 2
+    earlier = {"weight": torch.tensor([[True, True, True, False], [True, True, False, False]])}
+    masks = magnitude_masks(model, pattern="2:4", within=earlier)
+    assert masks["weight"].tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+def test_the_masks_are_those_of_the_pattern_and_can_be_held():
+    model = make(mlp)
+    masks = magnitude_masks(model, {"0": 0.5, "2": 0.5}, pattern="2:4")
+    expected = RSTScheduler(make(mlp), {"0": 0.5, "2": 0.5}, pattern="2:4", seed=0).masks
+    assert {name: mask.sum() for name, mask in masks.items()} == {name: mask.sum() for name, mask in expected.items()}
+    assert hold(model, masks).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.9, "pattern": "2:4"}, "means a sparsity of 0.5"),
+        ({"pattern": "2:5"}, "not a multiple of 5"),
+        ({"pattern": "2:4", "distribution": "global"}, "distribution='global' is not possible"),
+        ({"pattern": "2:4", "distribution": "erk"}, "distribution='erk' is not possible"),
+        ({"pattern": "filter"}, "unstructured or n:m, not pattern='filter'"),
+        ({"pattern": "4:2"}, "unknown pattern '4:2'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        magnitude_masks(make(mlp), **options)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_without_a_sparsity_and_a_pattern_a_tenth_stays(distribution):
+    masks = magnitude_masks(make(mlp), distribution=distribution)
+    sizes = {name: mask.numel() for name, mask in masks.items()}
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert kept == pytest.approx(0.1 * sum(sizes.values()), abs=len(masks))
