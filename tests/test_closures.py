@@ -112,6 +112,88 @@ def test_a_closure_that_returns_nothing():
     assert_same_life(train)
 
 
+class Halving(torch.optim.SGD):
+    """Changes what the closure has computed, and hands the whole down to the step that it inherits."""
+
+    def change(self, parameter):
+        parameter.grad.mul_(0.5)
+
+    def step(self, closure):
+        def changed():
+            loss = closure()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.change(parameter)
+            return loss
+
+        return super().step(changed)
+
+
+class Replacing(Halving):
+    def change(self, parameter):
+        parameter.grad = parameter.grad.sign() * 0.01 + parameter.grad
+
+
+@pytest.mark.parametrize("ticks", ["each", "every-third"])
+@pytest.mark.parametrize("kind", [Halving, Replacing], ids=lambda kind: kind.__name__)
+def test_a_subclass_that_hands_a_closure_of_its_own_down(kind, ticks):
+    """One update and one penalty, though the hooks fire at each level and see gradients that are not the same."""
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire hooks of their own
+    Halving([torch.zeros(1)])
+
+    def train(model, side):
+        optimizer = kind(model.parameters(), lr=0.05)
+        for index in updates(side):
+            optimizer.step(closure_of(model, side, optimizer, index))
+            side.updated()
+            if ticks == "each" or index % 3 == 2:
+                side.tick()
+
+    assert_same_life(train)
+
+
+def test_one_of_two_optimizers_takes_a_closure():
+    """What the other has carried since the last tick still counts after it: nothing warns that it did not."""
+
+    def train(model, side):
+        optimizers = [torch.optim.SGD(part.parameters(), lr=0.05) for part in (model[:2], model[2:])]
+
+        def closure(optimizer, index):
+            model.zero_grad()
+            loss = loss_of(model, index, SHAPE)
+            loss.backward(inputs=optimizer.param_groups[0]["params"])
+            side.before_update()
+            return loss
+
+        for index in updates(side):
+            closure(optimizers[0], index)
+            optimizers[0].step()
+            optimizers[1].step(functools.partial(closure, optimizers[1], index))
+            side.after_update()
+
+    assert_same_life(train)
+
+
+class Scaled(torch.optim.SGD):
+    """Its step takes something else than a closure."""
+
+    def step(self, share):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.mul_(share)
+        return super().step()
+
+
+def test_a_step_with_another_argument():
+    def train(model, side):
+        optimizer = Scaled(model.parameters(), lr=0.05)
+        for index in updates(side):
+            closure_of(model, side, optimizer, index)()
+            optimizer.step(0.5 + index % 2)
+            side.after_update()
+
+    assert_same_life(train)
+
+
 class Uncalled(nn.Module):
     """Uses the weights of layers that it does not call."""
 

@@ -226,6 +226,24 @@ def test_a_copy_of_a_finalised_model_is_compiled(backend):
     assert backend.frame_count == 1
 
 
+def test_a_copy_made_during_the_transformation_is_compiled(backend):
+    """What stands in the place of a hook there is no part of a graph, and breaks none."""
+    lives = Lives(SmallNetwork)
+    lives.schedule(lives.model)
+    lives.go_on(lives.model, 2)
+    duplicate = copy.deepcopy(lives.model)
+    compiled = torch.compile(duplicate, backend=backend, fullgraph=True)
+    optimizer = sgd(duplicate)
+    for index in range(3):
+        loss_of(compiled, index, lives.shape).backward()
+        optimizer.step()
+    duplicate.eval()
+    x, _ = batch(0, lives.shape)
+    assert torch.equal(duplicate(x), duplicate(x))
+    assert backend.frame_count == 1
+    assert not counters["graph_break"]
+
+
 def test_what_no_optimizer_changed_is_zeroed_at_the_next_update_of_a_compiled_model(backend):
     """The safety net of the eager forward is no part of a graph: compiled code sees such weights until then."""
     lives = Lives(SmallNetwork)

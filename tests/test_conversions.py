@@ -76,6 +76,20 @@ def test_state_loaded_by_swapping_after_finalize(way):
     assert torch.equal(layer.weight.grad != 0, rst.masks["weight"])
 
 
+def test_gradient_hooks_that_somebody_takes_off_the_parameter():
+    """The next update puts ours back; likewise on another parameter that has got the memory of the one before."""
+    layer = nn.Linear(6, 4)
+    rst = hold(layer)
+    transformed(layer, rst)
+    finalize_quietly(rst)
+    layer.weight._post_accumulate_grad_hooks.clear()
+    optimizer = sgd(layer)
+    update(layer, rst, optimizer)
+    optimizer.zero_grad()
+    loss_of(layer(X.float())).backward()
+    assert torch.equal(layer.weight.grad != 0, rst.masks["weight"])
+
+
 def test_memory_exchanged_through_data():
     layer = nn.Linear(6, 4)
     rst = hold(layer)

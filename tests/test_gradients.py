@@ -196,3 +196,24 @@ def test_gradients_that_do_not_come_from_backward(give):
             side.after_update()
 
     assert_same_life(train)
+
+
+def test_gradients_written_over_those_of_an_earlier_backward():
+    """Autograd's hooks have met the tensor, but not these values."""
+
+    def train(model, side):
+        optimizer = Normalised(model.parameters(), lr=0.05)
+        for index in updates(side):
+            loss = loss_of(model, index, SHAPE)
+            if index % 2:
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
+                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                    parameter.grad.data.copy_(gradient)
+            else:
+                model.zero_grad()
+                loss.backward()
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)

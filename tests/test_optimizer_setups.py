@@ -6,6 +6,7 @@ import pytest
 import torch
 from lives import assert_same_life, training_with, updates
 from models import INPUT_SHAPES, loss_of, mlp
+from torch import nn
 
 SHAPE = INPUT_SHAPES[mlp]
 
@@ -108,6 +109,30 @@ def test_parameters_put_into_an_optimizer_by_hand(exchange):
             side.after_update()
 
     assert_same_life(train)
+
+
+def test_a_parameter_that_the_optimizer_has_before_the_model():
+    """Put into the layer after several updates; by hand, its values go into the parameter that is there."""
+
+    def train(model, side):
+        first, old, later = model[0], model[2].weight, nn.Parameter(0.5 * model[2].weight.detach())
+        optimizer = torch.optim.SGD([*first.parameters(), old if side.by_hand else later], lr=0.05, momentum=0.9)
+        for index in updates(side):
+            if index == 5 and side.by_hand:
+                old.data.copy_(later)
+            elif index == 5:
+                model[2].weight = later
+            backward(model, index)
+            if index < 5:
+                model[2].weight.grad = None
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    def first_two_layers():
+        return nn.Sequential(*mlp()[:4], nn.Linear(16, 5, bias=False).requires_grad_(False))
+
+    assert_same_life(train, first_two_layers, exclude=["4"])
 
 
 def test_an_optimizer_restored_midway():

@@ -91,12 +91,24 @@ def test_different_schedules():
 @on_two_ranks
 def test_ranks_may_hold_different_layers():
     """As the stages of a pipeline do."""
-    stage = nn.ModuleDict({f"layer{dist.get_rank()}": nn.Linear(6, 4 + dist.get_rank())})
+    stage = nn.ModuleDict({f"layer{dist.get_rank()}": nn.Linear(6, 4 + dist.get_rank(), bias=False)})
     rst = RSTScheduler(stage, sparsity=0.5)
     assert list(rst.masks) == [f"layer{dist.get_rank()}.weight"]
     # One name, but two shapes:
     rst = RSTScheduler(nn.Sequential(nn.Linear(6, 4 + dist.get_rank())), sparsity=(0.5, 0.7)[dist.get_rank()])
     assert everywhere(rst.seed)[0] == everywhere(rst.seed)[1]
+
+
+def test_a_torch_that_was_built_without_processes(monkeypatch):
+    """Its ``torch.distributed`` has hardly more than ``is_available``."""
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    monkeypatch.delattr(dist, "is_initialized")
+    model = make(uneven_mlp)
+    rst = RSTScheduler(model, sparsity=0.6)
+    model(torch.randn(3, 12, dtype=torch.float64)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    rst.step()
+    assert rst.progress > 0
 
 
 @pytest.mark.parametrize("seed", [None, 3])

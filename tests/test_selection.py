@@ -85,9 +85,25 @@ def test_names_are_those_of_the_unwrapped_model(wrap, level):
     assert all(torch.equal(kept, plain.masks[name]) for name, kept in rst.masks.items())
 
 
+class ParallelOfOnesOwn(nn.DataParallel): ...
+
+
+class SomethingElse(nn.Sequential): ...
+
+
+SomethingElse.__name__ = "DataParallel"
+
+
+def test_wrappers_are_known_by_their_class_and_by_what_they_hold():
+    """One that is derived from a wrapper is one; one that has only the name of a wrapper is none."""
+    assert list(RSTScheduler(ParallelOfOnesOwn(make(mlp)), 0.5).masks) == ["0.weight", "2.weight", "4.weight"]
+    assert list(RSTScheduler(SomethingElse(nn.Linear(4, 4)), 0.5).masks) == ["0.weight"]
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.register_module("shortcut", None)
         self.conv1 = nn.Conv1d(2, 4, 3)
         self.layer = nn.ModuleDict({"a": nn.Linear(10, 10), "b": nn.Linear(10, 20)})
         self.layer_norm = nn.LayerNorm(10)

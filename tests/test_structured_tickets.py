@@ -91,6 +91,14 @@ def test_patterns_that_do_not_fit_are_refused(settings, message):
         RSTScheduler(nn.Sequential(nn.Linear(7, 6)), **settings)
 
 
+def test_sparsities_that_agree_with_the_pattern():
+    """To rounding: 2/3 is not 1 - 1/3 in floating point. In a mapping, 0 leaves a layer alone."""
+    assert 2 / 3 != 1 - 1 / 3
+    assert RSTScheduler(nn.Linear(6, 4), 2 / 3, pattern="1:3").sparsity == pytest.approx(2 / 3)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 4))
+    assert list(RSTScheduler(model, {"0": 0, "*": 0.5}, pattern="2:4").masks) == ["1.weight"]
+
+
 def test_two_of_four_is_what_semi_structured_sparsity_accepts():
     """At least n of m are zero in each group of m inputs, whatever the weights."""
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))

@@ -10,6 +10,7 @@ import functools
 import sys
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from .frames import in_rehearsal
 from .vacancy import watch_collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
     from torch import Tensor
@@ -121,7 +122,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             for ticket, held in penalised:
                 ticket.penalise(held, optimizer, in_step=True)
         return None
-    if getattr(closure, "penalised_for", None) is optimizer or not (enforced or penalised):
+    if not (enforced or penalised):
         return None
     wrapped = _penalised_closure(closure, optimizer)
     if "closure" in kwargs:
@@ -139,15 +140,34 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
                 for hold, parameter, _ in held:
                     if not hold.is_clean(parameter):
                         hold.zero(parameter)
-        loss = closure()
+        with _evaluation() as done:
+            loss = closure()
         with torch.no_grad():
             for ticket, held in _penalised(optimizer):
-                if ticket.penalise(held, optimizer) and isinstance(optimizer, LBFGS):  # its line search compares losses
-                    loss = loss + ticket.penalty_of(held)
+                due = [entry for entry in held if entry[0].name not in done.get(ticket, ())]
+                if ticket.penalise(due, optimizer) and isinstance(optimizer, LBFGS):  # its line search compares losses
+                    loss = loss + ticket.penalty_of(due)
         return loss
 
-    penalised.penalised_for = optimizer  # type: ignore[attr-defined]
     return penalised
+
+
+@contextmanager
+def _evaluation() -> Iterator[dict[Ticket, set[str]]]:
+    """What each ticket penalises within: by the closure of a step around this one, which hands it down to this one.
+
+    It may have changed or replaced the gradients since, as steps that call the one they inherit do.
+    """
+    before = {ticket: ticket.carried for ref in _tickets if (ticket := ref()) is not None}
+    within: dict[Ticket, set[str]] = {}
+    for ticket in before:
+        ticket.carried = set()
+    try:
+        yield within
+    finally:
+        for ticket, names in before.items():
+            within[ticket] = ticket.carried
+            ticket.carried = names | within[ticket]
 
 
 def updated_by_outer_steps() -> set[int]:

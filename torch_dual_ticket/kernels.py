@@ -90,26 +90,17 @@ def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _chunks(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    """Walk tensors of one shape together: flat and in chunks where they share a dense layout, else as they are.
+    """Walk tensors of one shape together: flat and in chunks where they share a layout, else as they are.
 
-    Chunks are smaller by ``share`` where large temporaries are made of them.
+    The last is a mask, whose elements fill its memory without gaps. Chunks are smaller by ``share`` where large
+    temporaries are made of them.
     """
     first = tensors[0]
     size = (CHUNK if first.device.type == "cpu" else CHUNK_ACCELERATOR) // share
     count = first.numel()
-    if count <= size or any(t.stride() != first.stride() for t in tensors) or not _is_dense(first):
+    if count <= size or any(t.stride() != first.stride() for t in tensors):
         yield tensors
         return
     flat = [t.as_strided((count,), (1,)) for t in tensors]
     for start in range(0, count, size):
         yield tuple(t[start : start + size] for t in flat)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory without gaps or overlaps, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -43,9 +43,7 @@ def version(tensor: Tensor) -> int:
 
 
 def placed_like(grad: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient, spread over the processes as the parameter is; the same object where it already is."""
-    if not is_sharded(grad):
-        return grad
+    """A DTensor's gradient, spread over the processes as the parameter is; the same object where it already is."""
     sharded: Any = grad
     placements = parameter.placements  # type: ignore[attr-defined]
     return grad if sharded.placements == placements else sharded.redistribute(placements=placements)

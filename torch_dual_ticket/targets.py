@@ -118,24 +118,17 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     found: dict[int, Target] = {}
     excluded: set[int] = set()
     for layer_name, layer in modules:
+        if _is_excluded(layer_name, exclude):  # a tied parameter of it may also belong to a layer that is not
+            excluded.update(id(parameter) for parameter in layer._parameters.values() if parameter is not None)
+            continue
         for tensor_name in _tensor_names(layer, pairs):
             place = _resolve(layer_name, layer, tensor_name)
-            if isinstance(place, Place):
-                key = id(place.parameter)
-            elif _is_excluded(layer_name, exclude):
-                continue
-            else:
+            if isinstance(place, str):
                 raise ValueError(place)
-            if _is_excluded(layer_name, exclude):
-                excluded.add(key)
-                continue
+            key = id(place.parameter)
             target = found.setdefault(key, Target(first_names[key]))
             if not any(known.owner is place.owner and known.attribute == place.attribute for known in target.places):
                 target.places.append(place)
-    # A tied parameter may also belong to a module that is no target, such as an embedding.
-    for layer_name, layer in modules:
-        if _is_excluded(layer_name, exclude):
-            excluded.update(id(parameter) for parameter in layer._parameters.values() if parameter is not None)
     targets = [found[key] for key in first_names if key in found and key not in excluded]
     if not targets:
         names = ", ".join(t if isinstance(t, str) else getattr(t, "__name__", repr(t)) for t in types)

@@ -45,7 +45,7 @@ class Ticket:
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next tick
         self.update_pending = False
         self._ever_carried = False
-        self._carried: set[str] = set()  # names of the parameters that got the penalty since the last tick
+        self.carried: set[str] = set()  # names of the parameters that got the penalty since the last tick
         self._version_at_tick: dict[str, int] = {}  # of those that did not before it
         self.optimizer: weakref.ref[Optimizer] | None = None
         self.members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
@@ -167,17 +167,17 @@ class Ticket:
 
     def everything_carried(self) -> bool:
         """Whether every parameter got the penalty since the last tick; so none of them is out of reach."""
-        return len(self._carried) == len(self._names) - len(self.given_up) > 0
+        return len(self.carried) == len(self._names) - len(self.given_up) > 0
 
     def tick(self) -> None:
         """Begin a new tick; warns, once, if the weights are changed by something that carries no penalty."""
         versions = {}
         if not self.everything_carried():
-            looked_up = [(hold.name, hold.parameter()) for hold in self.primary_holds if hold.name not in self._carried]
+            looked_up = [(hold.name, hold.parameter()) for hold in self.primary_holds if hold.name not in self.carried]
             versions = {name: version(parameter) for name, parameter in looked_up if parameter is not None}
         bypassed = [name for name, now in versions.items() if self._version_at_tick.get(name, now) != now]
         self._version_at_tick = versions
-        self._carried.clear()
+        self.carried.clear()
         self._idle_ticks += not self._ever_carried
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
             self._has_warned = True
@@ -198,7 +198,7 @@ class Ticket:
         self.update_pending, self._ever_carried, self.silenced = pending, pending, False
         self._carrying = self._found_inf = None
         self._round += 1
-        self._carried.clear()
+        self.carried.clear()
         self._version_at_tick.clear()
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
@@ -228,17 +228,17 @@ class Ticket:
                 continue
             mark = grad.__dict__.get(_MARK)
             if mark is not None and mark == (version(grad), self._round):
-                self._carried.add(hold.name)
+                self.carried.add(hold.name)
                 carries = True
                 continue
-            if in_step and hold.name in self._carried:
+            if in_step and hold.name in self.carried:
                 # A step within a step of an optimizer that has the parameter too: the gradient has its penalty, even if
                 # the outer step has changed or replaced it since.
                 if outer is None:
                     outer = updated_by_outer_steps()
                 if id(parameter) in outer:
                     continue
-            self._carried.add(hold.name)
+            self.carried.add(hold.name)
             weight = local(parameter)
             sign = -1 if group.get("maximize") else 1
             grads, weights, masks = due[sign]

@@ -25,8 +25,9 @@ class Vacancy:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
-            module._forward_pre_hooks.pop(key, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is self:
+                module._forward_pre_hooks.pop(key, None)  # or another thread has: both are in the layer's forward
 
 
 def watch_collector() -> None:

@@ -41,7 +41,6 @@ class GradientWatch:
         if hold is None:
             return
         if is_offloaded(parameter):  # its gradient may still be on the way when FSDP2 calls the hooks
-            self.stop()
             hold.mask_gradient(parameter)
             return
         hooks = parameter._post_accumulate_grad_hooks
