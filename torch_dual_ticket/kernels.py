@@ -1,8 +1,9 @@
 """The elementwise work on masked tensors, close to the least memory traffic that an in-place update needs.
 
-Masks are uint8 (1 or 0), laid out in memory as the weight is. Large tensors are walked in chunks, through one buffer
-that stays in cache and into which a chunk of the mask is widened: an operation on two dtypes would make that copy anew
-each time. Small tensors come with a mask of their own dtype, where the cost is in the calls and not in the traffic.
+Masks are uint8 (1 or 0), laid out in memory as the weight is. On the CPU large tensors are walked in chunks, through a
+buffer that stays in cache and into which a chunk of the mask is widened: an operation on two dtypes would make that
+copy in main memory. Accelerators convert within the kernel. Small tensors come with a mask of their own dtype, where
+the cost is in the calls, not in the traffic.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Walk the chunks with the last tensor, the mask, widened to the dtype of the first."""
+    """Walk the chunks with the last tensor, the mask, widened to the dtype of the first; accelerators need neither."""
+    if not _on_cpu(tensors[0]):
+        yield tensors
+        return
     dtype = tensors[0].dtype
     buffer = None
     for *parts, mask in _chunks(*tensors):
@@ -96,11 +100,13 @@ def _chunks(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
     temporaries are made of them.
     """
     first = tensors[0]
-    size = (CHUNK if first.device.type == "cpu" else CHUNK_ACCELERATOR) // share
+    size = (CHUNK if _on_cpu(first) else CHUNK_ACCELERATOR) // share
     count = first.numel()
     if count <= size or any(t.stride() != first.stride() for t in tensors):
         yield tensors
         return
-    flat = [t.as_strided((count,), (1,)) for t in tensors]
-    for start in range(0, count, size):
-        yield tuple(t[start : start + size] for t in flat)
+    yield from zip(*(torch.split(t.as_strided((count,), (1,)), size) for t in tensors), strict=True)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -136,7 +136,7 @@ class RSTScheduler:
                 return
         if not (self._ticks or self._seed_is_given):
             check_not_joined(self._ranks)
-        ticks = min(self._ticks + ticket.has_pending_update(), self._timeline.ticks)
+        ticks = min(self._ticks + ticket.is_due(), self._timeline.ticks)
         if self._ticks < ticks == self._timeline.time_for_advice:
             warn_of_penalty(ticket, self._timeline)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise

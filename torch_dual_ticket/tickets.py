@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .dues import Dues
+from .graphed import GraphedPenalty
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
-from .kernels import add_scaled_
 from .members import Members
-from .shards import is_sharded, local, placed_like, reshard, sum_over_shards, version
+from .shards import is_sharded, reshard, sum_over_shards, version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -40,7 +41,7 @@ class Ticket:
         self._names: dict[str, None] = {}  # of the parameters, in their order
         self.given_up: set[str] = set()  # parameters that prune.remove took out, or whose layers are gone
         self.enforcing = False
-        self.penalty = 0.0
+        self._graphed = GraphedPenalty()
         self.by_hand = False  # the updates are not a torch.optim.Optimizer's: apply_penalty() has been called
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next tick
         self.update_pending = False
@@ -74,6 +75,15 @@ class Ticket:
     def add(self, hold: Hold) -> None:
         self._holds.append(weakref.ref(hold))
         self._names[hold.name] = None
+
+    @property
+    def penalty(self) -> float:
+        """λ of the next update."""
+        return self._graphed.value
+
+    @penalty.setter
+    def penalty(self, value: float) -> None:
+        self._graphed.value = value
 
     @property
     def holds(self) -> list[Hold]:
@@ -113,9 +123,11 @@ class Ticket:
 
     def set_masks(self, masks: Mapping[str, Mask]) -> None:
         """Go over to other masks, by parameter name."""
-        for hold in self.holds:
-            if hold.mask != masks[hold.name]:
-                hold.set_mask(masks[hold.name])
+        changed = [hold for hold in self.holds if hold.mask != masks[hold.name]]
+        if changed:
+            self._graphed.warn_of_old_graphs()
+        for hold in changed:
+            hold.set_mask(masks[hold.name])
 
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
@@ -124,6 +136,7 @@ class Ticket:
 
     def enforce(self) -> None:
         """Set the masked weights to zero, and hold them there."""
+        self._graphed.warn_of_old_graphs()
         self.reshard()
         self.enforcing = True
         self.zeroed.clear()
@@ -161,6 +174,11 @@ class Ticket:
         self._found_inf = None
         return self.update_pending
 
+    def is_due(self) -> bool:
+        """Whether a tick counts. Replays of a CUDA graph are not seen: one is taken for granted."""
+        self._graphed.check_not_capturing()
+        return self.has_pending_update() or self._graphed.is_captured
+
     def has_ever_carried(self) -> bool:
         """Whether any update carried the penalty."""
         return self.has_pending_update() or self._ever_carried
@@ -172,7 +190,7 @@ class Ticket:
     def tick(self) -> None:
         """Begin a new tick; warns, once, if the weights are changed by something that carries no penalty."""
         versions = {}
-        if not self.everything_carried():
+        if not (self.everything_carried() or self._graphed.is_captured):
             looked_up = [(hold.name, hold.parameter()) for hold in self.primary_holds if hold.name not in self.carried]
             versions = {name: version(parameter) for name, parameter in looked_up if parameter is not None}
         bypassed = [name for name, now in versions.items() if self._version_at_tick.get(name, now) != now]
@@ -217,9 +235,7 @@ class Ticket:
 
     def penalise(self, held: Held, optimizer: Optimizer | None = None, *, in_step: bool = False) -> bool:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns whether any was due."""
-        due: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {1: ([], [], []), -1: ([], [], [])}
-        in_parts: list[tuple[Iterator[tuple[slice, Tensor]], Tensor, Tensor, int]] = []
-        penalised: list[Tensor] = []
+        dues = Dues()
         outer: set[int] | None = None
         carries = False  # a penalty that it got before a step that raised, or in the step around this one
         for hold, parameter, group in held:
@@ -239,40 +255,16 @@ class Ticket:
                 if id(parameter) in outer:
                     continue
             self.carried.add(hold.name)
-            weight = local(parameter)
-            sign = -1 if group.get("maximize") else 1
-            grads, weights, masks = due[sign]
-            if grad.is_sparse:
-                grad = parameter.grad = grad.coalesce()
-                rows = grad._indices()[0]
-                grads.append(grad._values())
-                weights.append(weight[rows])
-                masks.append(hold.local_mask.whole(parameter, weight)[rows])
-            else:
-                if is_sharded(grad):
-                    grad = parameter.grad = placed_like(grad, parameter)
-                if grad.is_conj():
-                    grad = parameter.grad = grad.resolve_conj()
-                if hold.local_mask.is_stored_for(weight):
-                    grads.append(local(grad))
-                    weights.append(weight)
-                    masks.append(hold.local_mask.whole(parameter, weight))
-                else:
-                    in_parts.append((hold.local_mask.parts(parameter, weight), local(grad), weight, sign))
-            penalised.append(grad)
-        self._carrying = id(optimizer) if penalised or carries else self._carrying
-        if not penalised:
+            dues.take(hold, parameter, grad, -1 if group.get("maximize") else 1)
+        self._carrying = id(optimizer) if dues.grads or carries else self._carrying
+        if not dues.grads:
             return False
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where a fused optimizer does the unscaling
-        if self.penalty != 0:
-            factor = self.penalty if scale is None else scale * self.penalty
-            for sign, (grads, weights, masks) in due.items():
-                add_scaled_(grads, weights, masks, sign * factor)
-            for parts, grad, weight, sign in in_parts:
-                for part, mask in parts:
-                    add_scaled_([grad[part]], [weight[part]], [mask], sign * factor)
+        factor = self._graphed.factor(dues.grads[0])
+        if isinstance(factor, torch.Tensor) or factor != 0:
+            dues.add_(factor if scale is None else scale * factor)
         # After all additions: views of one DDP bucket share a version.
-        for grad in penalised:
+        for grad in dues.grads:
             grad.__dict__[_MARK] = (version(grad), self._round)
         return True
 
