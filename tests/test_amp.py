@@ -190,3 +190,37 @@ def test_nothing_counts_while_everything_is_skipped(fused):
     with pytest.raises(RuntimeError, match="no update ever carried the penalty"):
         finalize_quietly(rst)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def scaled_update(times=1.0):
+    """One by a fused optimizer, whose success is known to the device alone until somebody asks."""
+    model = make(mlp, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    rst = RSTScheduler(model, sparsity=0.5, steps=10)
+    state = rst.state_dict()
+    scaler.scale(loss_at(model, 0) * times).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return optimizer, rst, state
+
+
+def test_finalize_after_one_update_without_a_tick():
+    _, rst, _ = scaled_update()
+    finalize_quietly(rst)
+    assert rst.phase == "finetune"
+
+
+def test_going_back_after_an_update_without_a_tick():
+    _, rst, state = scaled_update()
+    rst.load_state_dict(state)
+    rst.step()
+    assert rst.progress == 0.0
+
+
+def test_a_step_without_gradients_after_one_that_was_skipped():
+    optimizer, rst, _ = scaled_update(times=float("inf"))
+    optimizer.zero_grad()
+    optimizer.step()
+    rst.step()
+    assert rst.progress == 0.0

@@ -9,6 +9,8 @@ from lives import assert_same_life, updates
 from models import INPUT_SHAPES, loss_of, mlp
 from torch import nn
 
+from torch_dual_ticket import RSTScheduler
+
 SHAPE = INPUT_SHAPES[mlp]
 
 
@@ -53,6 +55,15 @@ def test_a_step_with_a_closure(call, kind):
             side.after_update()
 
     assert_same_life(train)
+
+
+def test_the_closure_of_an_optimizer_that_holds_nothing_is_passed_on_as_it_is():
+    class Asks(torch.optim.SGD):
+        def step(self, closure):
+            return closure
+
+    RSTScheduler(mlp(), sparsity=0.5)
+    assert Asks(mlp().parameters()).step(len) is len
 
 
 def test_one_closure_for_the_whole_training():

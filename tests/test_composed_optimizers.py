@@ -172,6 +172,18 @@ class Wrapper(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
+def test_the_given_optimizer_is_gone():
+    """Then no update carries the penalty; the others are none of the scheduler's business, and go on."""
+    model = nn.Linear(4, 4)
+    rst = RSTScheduler(model, sparsity=0.5, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 4)).sum().backward()
+    gradient = model.weight.grad.clone()
+    other.step()
+    assert torch.equal(model.weight.grad, gradient)
+    assert not rst.state_dict()["update_pending"]
+
+
 @pytest.mark.parametrize("make", [wrapped, sharpness_aware], ids=lambda make: make.__name__)
 def test_a_composed_optimizer_given_to_the_scheduler(make):
     """What is inside it carries the penalty, and another optimizer does not."""

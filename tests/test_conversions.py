@@ -120,6 +120,16 @@ def test_parametrisation_removed_while_it_is_held(norm):
         assert torch.equal(model.weight != 0, kept)
 
 
+def test_a_copy_of_a_layer_whose_weight_is_gone():
+    layer = parametrizations.weight_norm(nn.Linear(6, 4, dtype=torch.float64))
+    rst = hold(layer)
+    transformed(layer, rst)
+    finalize_quietly(rst)
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight = None
+    assert copy.deepcopy(layer).weight is None
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_old_weight_norm_removed_while_it_is_held():
     layer = nn.utils.weight_norm(nn.Linear(6, 4, dtype=torch.float64))

@@ -375,6 +375,20 @@ def test_penalty_by_hand():
 
 
 @on_two_ranks
+def test_shards_that_are_changed_by_hand_without_a_trace():
+    """Through ``.data``, where ``apply_penalty()`` has told of updates that no optimizer makes."""
+    model = shard(make(uneven_mlp))
+    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
+    half_loss(model, 0, dist.get_rank()).backward()
+    rst.apply_penalty()
+    finalize_quietly(rst)
+    for parameter in model.parameters():
+        parameter.to_local().data.fill_(0.5)
+    evaluate(model)
+    assert_zero(model, rst.masks)
+
+
+@on_two_ranks
 def test_the_given_optimizer_is_found_after_an_evaluation():
     model = shard(make(uneven_mlp), "root")
     optimizer = sgd(model.parameters())

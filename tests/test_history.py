@@ -10,7 +10,7 @@ import pytest
 import torch
 from device_tape import NoReading
 from models import INPUT_SHAPES, batch, finalize_quietly, loss_of, make, mlp
-from ranks import everywhere, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_two_ranks
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,6 +256,7 @@ def test_a_foreign_state_changes_nothing(state):
     assert history.records == before
 
 
+@needs_fsdp2
 @on_two_ranks
 def test_sharded_weights():
     from torch.distributed.fsdp import fully_shard

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torch_dual_ticket import RSTScheduler, hooks, random_unstructured, tickets
+from torch_dual_ticket import RSTScheduler, dues, hooks, random_unstructured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -324,13 +324,13 @@ def test_a_collection_within_the_optimizer_hooks(monkeypatch):
     ticket = weakref.ref(dropped._ticket)
     hand = ByHand(other, rst.masks, steps=4)
     mine, theirs = sgd(model), sgd(other)
-    add_scaled = tickets.add_scaled_
+    add_scaled = dues.add_scaled_
 
     def collect_first(*arguments: object) -> None:
         gc.collect()
         add_scaled(*arguments)
 
-    monkeypatch.setattr(tickets, "add_scaled_", collect_first)
+    monkeypatch.setattr(dues, "add_scaled_", collect_first)
     with no_garbage_collection():
         put_in_a_cycle(dropped)
         del dropped
@@ -386,20 +386,22 @@ def test_constructions_and_removals_leak_nothing(end):
     model(batch(0, SHAPE)[0])
     global_hooks = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks), len(gc.callbacks)
     finalizers = len(weakref.finalize._registry)
+    grown = []
     tracemalloc.start()
     try:
-        before = tracemalloc.take_snapshot()
-        for _ in range(250):
-            live()
-        tickets_seen.clear()
-        optimizer.zero_grad()
-        gc.collect()
-        model(batch(0, SHAPE)[0])
-        after = tracemalloc.take_snapshot()
+        while len(grown) < 3 and not (grown and grown[-1] < 64 * 1024):  # a leak grows each time, free lists do not
+            before = tracemalloc.take_snapshot()
+            for _ in range(250):
+                live()
+            tickets_seen.clear()
+            optimizer.zero_grad()
+            gc.collect()
+            model(batch(0, SHAPE)[0])
+            after = tracemalloc.take_snapshot()
+            grown.append(sum(difference.size_diff for difference in after.compare_to(before, "filename")))
     finally:
         tracemalloc.stop()
-    grown = sum(difference.size_diff for difference in after.compare_to(before, "filename"))
-    assert grown < 64 * 1024, f"{grown / 250:.0f} bytes for each life; free lists and the like are less than that"
+    assert grown[-1] < 64 * 1024, f"{grown[-1] / 250:.0f} bytes for each life"
     assert pre_hooks(model) == gradient_hooks(model) == 0
     assert dicts == [module._forward_pre_hooks for module in model.modules()]
     assert all(type(hooks_of) is OrderedDict for hooks_of in dicts)
@@ -507,6 +509,26 @@ def test_a_step_that_raises_leaves_nothing_behind(way, then):
         train(other, theirs, range(index, index + 1), by_hand=(hand,))
         assert rst._ticks == min(index + 1, 8)
     assert_same(model, other)
+
+
+@pytest.mark.parametrize("then", ["tick", "go back"])
+def test_a_step_without_gradients_after_one_that_raised_is_no_update(then):
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.8, steps=8, seed=1)
+    optimizer, start = breaks(model), rst.state_dict()
+    loss_of(model, 0, SHAPE).backward()
+    optimizer.broken = True
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    optimizer.broken = False
+    if then == "tick":
+        rst.step()
+    else:
+        rst.load_state_dict(start)
+    optimizer.zero_grad()
+    optimizer.step()
+    rst.step()
+    assert rst.progress == 0
 
 
 def test_a_closure_that_raises_leaves_nothing_behind():
@@ -630,6 +652,32 @@ def test_stock_functions_on_a_layer_that_the_scheduler_left_dense():
     finalize_quietly(rst)
     assert int((model[4].weight == 0).sum()) == 40
     assert int((model[2].weight == 0).sum()) == 256
+
+
+@pytest.mark.parametrize("phase", ["transform", "finetune"])
+def test_a_hook_that_somebody_keeps_does_not_come_back(phase):
+    """As somebody has it who lists the pruning methods of a model, and asks them later what they prune."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5, steps=2)
+    train(model, sgd(model), range(2), rst)
+    if phase == "finetune":
+        finalize_quietly(rst)
+    kept_hook = next(iter(model[0]._forward_pre_hooks.values()))
+    mask, weight = rst.masks["0.weight"], torch.randn(20, 12, dtype=torch.float64)
+    assert torch.equal(kept_hook.prune(weight), weight * mask)
+    rst.remove()
+    assert kept_hook._tensor_name == "weight"
+    assert pre_hooks(model) == 0
+
+
+def test_the_layer_of_a_hook_that_somebody_keeps_is_gone():
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5)
+    kept_hook = next(iter(model[0]._forward_pre_hooks.values()))
+    model[0] = nn.Linear(12, 20)
+    rst.remove()
+    assert pre_hooks(model) == 0
+    assert kept_hook._tensor_name == "weight"
 
 
 def test_remove_leaves_a_plain_model():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from models import assert_same, finalize_quietly, make, mlp
+from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, make, mlp
 from test_contract import train
 from torch import nn
 
@@ -177,3 +177,46 @@ def test_another_schedule_may_go_on_from_a_state():
     _, _, shorter = begin(steps=2)
     shorter.load_state_dict(rst.state_dict())
     assert (shorter.progress, shorter.done, shorter.penalty) == (1, True, 1)
+
+
+def test_weights_changed_without_a_trace_before_a_second_finalize():
+    """Through ``.data``: nothing tells them from those that the first one set to zero."""
+    model, optimizer, rst = begin()
+    train(model, optimizer, rst, 3, (12,))
+    saved = rst.state_dict()
+    finalize_quietly(rst)
+    rst.load_state_dict(saved)
+    for parameter in model.parameters():
+        parameter.data.fill_(1)
+    finalize_quietly(rst)
+    for name, kept in rst.masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, kept)
+
+
+def test_back_to_the_beginning():
+    """What was carried before counts no more: the penalty is added anew, also to gradients that have it."""
+    model, optimizer, rst = begin()
+    start, kept = rst.state_dict(), rst.masks["0.weight"]
+    for group in optimizer.param_groups:
+        group.update(lr=0.0)
+    loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
+    expected = model[0].weight.grad + 2 * rst.penalty * ~kept * model[0].weight
+    optimizer.step()
+    rst.load_state_dict(start)
+    with pytest.raises(RuntimeError, match="no update ever carried the penalty"):
+        rst.finalize()
+    optimizer.step()
+    assert torch.allclose(model[0].weight.grad, expected, rtol=1e-12)
+    rst.step()
+    assert rst.progress == 1 / 6
+
+
+def test_back_between_apply_penalty_and_its_tick():
+    """An update by an optimizer of torch carries the penalty again."""
+    model, optimizer, rst = begin()
+    start = rst.state_dict()
+    loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
+    rst.apply_penalty()
+    rst.load_state_dict(start)
+    train(model, optimizer, rst, 1, (12,))
+    assert rst.progress == 1 / 6

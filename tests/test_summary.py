@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer
-from ranks import everywhere, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_two_ranks
 from test_finalize import norm_share
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -161,6 +161,7 @@ def test_unusual_parameters():
     assert cells(summary(csr)) == {"weight": ((3, 3), "", 3, 9)}
 
 
+@needs_fsdp2
 @on_two_ranks
 def test_sharded_layers():
     from torch.distributed.fsdp import fully_shard

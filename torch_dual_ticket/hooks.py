@@ -175,12 +175,12 @@ def updated_by_outer_steps() -> set[int]:
 
     Read off the call stack: a flag set before a step and cleared after it would stay set when the step raises.
     """
-    running = []
+    running: list[Any] = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is _STEP_CODE:
-            running.append(frame.f_locals.get("self"))
+            running.append(frame.f_locals["self"])
         frame = frame.f_back
-    outer = [optimizer for optimizer in running[1:] if isinstance(optimizer, Optimizer)]
+    outer = running[1:]
     left = {key for optimizer in outer for part in _parts(optimizer) for key in groups_of(part)}
     return {key for optimizer in outer for key in groups_of(optimizer)} - left

@@ -95,7 +95,7 @@ class LocalMask:
         chosen = kept if self._enforcing and not small else kept.logical_not_()
         if not small and chosen.stride() == weight.stride():
             return chosen.view(dtype)
-        return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(chosen)
+        return torch.empty_like(weight, dtype=dtype).copy_(chosen)
 
     def _check_shape(self, parameter: Tensor, weight: Tensor) -> None:
         if not is_sharded(parameter) and tuple(weight.shape) != self._mask.shape:

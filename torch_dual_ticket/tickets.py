@@ -135,9 +135,8 @@ class Ticket:
             reshard(model)
 
     def enforce(self) -> None:
-        """Set the masked weights to zero, and hold them there."""
+        """Set the masked weights to zero, and hold them there. The shards are in place."""
         self._graphed.warn_of_old_graphs()
-        self.reshard()
         self.enforcing = True
         self.zeroed.clear()
         self.penalty = 0.0
@@ -157,7 +156,6 @@ class Ticket:
             hold.detach()
         self._names.clear()
         self.members.clear()  # it references the holds
-        self.zeroed.clear()
         self.penalty = 0.0
 
     def abandon(self) -> None:
