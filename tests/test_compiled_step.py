@@ -51,6 +51,17 @@ def test_a_compiled_step(name):
     assert_same_life(train_with(*OPTIMIZERS[name], lambda optimizer: torch.compile(optimizer.step, backend="eager")))
 
 
+CAPTURABLE = ["RMSprop", "NAdam", "RAdam", "Adadelta", "Adamax", "ASGD", "Rprop", "AdamW"]
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_a_capturable_step(name):
+    """On the CPU, torch has these in compiled steps alone."""
+    kind = getattr(torch.optim, name)
+    settings = {"lr": 1e-3, "capturable": True}
+    assert_same_life(train_with(kind, settings, lambda optimizer: torch.compile(optimizer.step, backend="eager")))
+
+
 def test_a_step_within_a_compiled_function():
     def compiled(optimizer):
         @torch.compile(backend="eager")

@@ -239,6 +239,30 @@ def test_one_of_two_owners_of_a_tied_weight_replaced():
     assert (model[0].weight != 0).all()
 
 
+class Twice(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.float64))
+        self.alias = self.weight
+
+    def forward(self, x):
+        return x @ self.weight @ self.alias
+
+
+def test_two_names_of_one_parameter_that_come_apart():
+    model = Twice()
+    rst = RSTScheduler(model, 0.5, steps=2, targets=[(Twice, "*")])
+    transformed(model, rst)
+    finalize_quietly(rst)
+    model.load_state_dict({name: torch.ones(6, 6, dtype=torch.float64) for name in ("weight", "alias")}, assign=True)
+    model(X)
+    assert model.weight is not model.alias
+    assert torch.equal(model.weight != 0, rst.masks["weight"])
+    assert torch.equal(model.alias != 0, rst.masks["weight"])
+
+
 def test_hooks_that_a_conversion_has_given_to_the_layer_in_its_place():
     """As conversions to quantised layers do."""
     model = network()

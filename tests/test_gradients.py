@@ -217,3 +217,22 @@ def test_gradients_written_over_those_of_an_earlier_backward():
             side.after_update()
 
     assert_same_life(train)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+def test_gradients_changed_in_place_after_backward(kind):
+    """Noise, say: what it puts on masked weights stays with them where the optimizer takes each weight by itself."""
+
+    def train(model, side):
+        optimizer = kind(model.parameters(), lr=0.02)
+        for index in updates(side):
+            optimizer.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            noise = torch.Generator().manual_seed(index)
+            for parameter in model.parameters():
+                parameter.grad.add_(torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype), alpha=1e-3)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)

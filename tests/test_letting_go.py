@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import weakref
 from collections import OrderedDict
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -208,6 +212,29 @@ def test_a_dropped_scheduler_goes_on_enforcing_in_a_finalised_model():
     for layer in (model[0], model[2], model[4]):
         prune.remove(layer, "weight")
     assert pre_hooks(model) == gradient_hooks(model) == 0
+
+
+AT_EXIT = """
+import atexit
+
+@atexit.register
+def save():
+    print(prune.is_pruned(model), sorted(rst.state_dict()["masks"]))
+
+from torch import nn
+from torch.nn.utils import prune
+from torch_dual_ticket import RSTScheduler
+model = nn.Sequential(nn.Linear(8, 8))
+rst = RSTScheduler(model, sparsity=0.5)
+"""
+
+
+def test_what_a_program_saves_as_it_ends_is_still_held():
+    environment = {**os.environ, "PYTHONPATH": str(Path(hooks.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", AT_EXIT], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split("\n") == ["True ['0.weight']", ""]
 
 
 def test_an_exception_that_keeps_the_scheduler_keeps_it_alive_and_no_longer():
@@ -675,9 +702,9 @@ def test_the_layer_of_a_hook_that_somebody_keeps_is_gone():
     rst = RSTScheduler(model, sparsity=0.5)
     kept_hook = next(iter(model[0]._forward_pre_hooks.values()))
     model[0] = nn.Linear(12, 20)
+    assert kept_hook._tensor_name == "weight"
     rst.remove()
     assert pre_hooks(model) == 0
-    assert kept_hook._tensor_name == "weight"
 
 
 def test_remove_leaves_a_plain_model():

@@ -147,9 +147,19 @@ def test_parameter_list_and_dict():
     assert_lives_alike(Listed, normal(3, 6), names, targets=targets)
 
 
-def test_a_dense_state_is_masked_at_the_forward_of_the_module_that_uses_it():
-    """A ParameterList has no forward of its own."""
-    model = make(Listed)
+class ListedDeeper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ParameterList([torch.rand(6, 5), torch.rand(5, 4)])])
+
+    def forward(self, x):
+        return (x @ self.blocks[0][0]).tanh() @ self.blocks[0][1]
+
+
+@pytest.mark.parametrize("build", [Listed, ListedDeeper])
+def test_a_dense_state_is_masked_at_the_forward_of_the_module_that_uses_it(build):
+    """A ParameterList has no forward of its own, and a ModuleList around it neither."""
+    model = make(build)
     rst = RSTScheduler(model, 0.6, steps=12, seed=0, targets=((nn.ParameterList, "*"), (nn.ParameterDict, "scale")))
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     train_on(normal(3, 6))(model, Library(model, rst))

@@ -121,6 +121,25 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+@pytest.mark.parametrize("norm", ["new-weight-norm", "new-spectral-norm"])
+def test_a_norm_with_another_parametrisation_on_top_is_refused(norm):
+    layer = NORMS[norm][0](nn.Linear(6, 6))
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    with pytest.raises(ValueError, match=r"weight is parametrised by _\w+Norm and Doubled"):
+        RSTScheduler(layer, 0.5)
+
+
+@pytest.mark.parametrize(("norm", "suffix"), [(nn.utils.weight_norm, "v"), (nn.utils.spectral_norm, "orig")])
+def test_two_old_norms_on_one_layer(norm, suffix):
+    """Each weight has its own leaf."""
+
+    def build():
+        return norm(norm(nn.LSTM(6, 5), "weight_ih_l0"), "weight_hh_l0")
+
+    names = [f"weight_ih_l0_{suffix}", f"weight_hh_l0_{suffix}"]
+    assert_lives_alike(build, normal(4, 3, 6), names, sparsity=0.4, targets=[(nn.LSTM, "weight_*")])
+
+
 def test_other_parametrisations_are_refused_by_name_or_excluded():
     def build():
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))

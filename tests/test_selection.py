@@ -130,6 +130,7 @@ ALL = ["conv1.weight", "layer.a.weight", "layer.b.weight", "fc.weight"]
             {"targets": ((nn.Module, "weight"),), "exclude": ["layer"]},
             [ALL[0], "layer_norm.weight", "embedding.weight", ALL[3]],
         ),
+        ({"targets": (nn.Linear, (nn.Embedding, "nothing")), "exclude": ["embedding"]}, ALL[1:]),
         ({"targets": (nn.Linear, (nn.Linear, "*")), "exclude": ["layer.a", "layer.b"]}, ["fc.weight", "fc.bias"]),
     ],
 )

@@ -113,12 +113,15 @@ def test_the_adopted_masks_are_those_that_are_penalised_and_held():
     assert_same(other, model, tolerance=0)
 
 
-@pytest.mark.parametrize("use", ["update", "tick", "finalize"])
+@pytest.mark.parametrize("use", ["tick", "finalize", "tick and finalize"])
 def test_a_scheduler_in_use_adopts_no_seed(use):
     _, _, rst = begin()
     model, optimizer, other = begin(seed=None)
-    train(model, optimizer, other, 1, (12,))
-    if use == "finalize":
+    loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
+    optimizer.step()
+    if "tick" in use:
+        other.step()
+    if "finalize" in use:
         finalize_quietly(other)
     seed = other.seed
     with pytest.raises(ValueError, match=r"0\.weight differs"):
@@ -165,6 +168,16 @@ def test_a_finetuning_state_brings_the_zeros_with_it():
     assert fresh.phase == "finetune"
     for name, kept in rst.masks.items():
         assert torch.equal(other.get_parameter(name) != 0, kept)
+
+
+def test_the_report_stays_that_of_finalize():
+    """What was lost then cannot be measured later."""
+    model, optimizer, rst = begin()
+    train(model, optimizer, rst, 3, (12,))
+    report = finalize_quietly(rst)
+    assert report.total.residual > 0
+    rst.load_state_dict(rst.state_dict())
+    assert rst.finalize() == report
 
 
 def test_another_schedule_may_go_on_from_a_state():

@@ -183,3 +183,29 @@ def test_a_deep_copy_goes_on_like_any_of_torchs():
         optimizer.step()
     other(torch.ones(1, 12, dtype=torch.float64))
     assert torch.equal(other[0].weight != 0, rst.masks["0.weight"])
+
+
+def with_a_layer_registered_twice():
+    layer = nn.Linear(6, 6, dtype=torch.float64)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def with_a_forward_of_the_object():
+    """As functions of torch.fx and patches of other people make it: the type itself has none."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    layer.forward = lambda x: x @ layer.weight
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("build", [with_a_layer_registered_twice, with_a_forward_of_the_object])
+def test_layers_of_unusual_models(build):
+    """One parameter in one layer, whatever leads to it, and a forward that is called: torch's layout can carry that."""
+    model = build()
+    rst = RSTScheduler(model, 0.5, steps=2, targets=[(nn.Module, "weight")])
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    rst.step()
+    finalize_quietly(rst, layout="prune")
+    assert [name for name, _ in model.named_buffers()] == ["0.weight_mask"]
+    assert torch.equal(model[0].weight != 0, rst.masks["0.weight"])

@@ -136,6 +136,15 @@ def test_apply_penalty_without_a_gradient():
         rst.apply_penalty()
 
 
+def test_apply_penalty_after_remove():
+    """There is nothing to penalise any more, and a loop may go on calling it."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5)
+    rst.remove()
+    rst.apply_penalty()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 FORGETFUL = {
     "in-place": lambda model: Momentum(model.parameters()),
     "master-weights": lambda model: MasterWeights(model.parameters()),

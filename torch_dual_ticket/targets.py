@@ -227,8 +227,7 @@ def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Place | str
     if parametrize.is_parametrized(layer, tensor_name):
         chain: Any = layer.parametrizations[tensor_name]  # type: ignore[index]
         if len(chain) == 1 and isinstance(chain[0], parametrizations._WeightNorm):
-            dim = chain[0].dim
-            return Place(layer_name, layer, tensor_name, chain, "original1", direction_dim=-1 if dim is None else dim)
+            return Place(layer_name, layer, tensor_name, chain, "original1", direction_dim=chain[0].dim)
         if len(chain) == 1 and isinstance(chain[0], parametrizations._SpectralNorm):
             return Place(layer_name, layer, tensor_name, chain, "original")
         kinds = " and ".join(type(link).__name__ for link in chain)
