@@ -77,8 +77,8 @@ def peak_memory(device: str) -> int:
 
 
 def in_a_process_of_its_own(function: Callable[..., int], *arguments: object) -> int:
-    """The function's result, with memory that nothing else has touched."""
-    with _environment(_EXACT_PEAK), multiprocessing.get_context("spawn").Pool(1) as pool:
+    """The function's result, with memory that nothing else has touched; forked from a server that has imported all."""
+    with _environment(_EXACT_PEAK), multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
