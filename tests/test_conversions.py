@@ -163,7 +163,7 @@ def test_parametrisation_put_on_while_it_is_held(phase):
     layer(X)
 
 
-@pytest.mark.parametrize("shape", [(4, 7), (4, 5), (24,)])
+@pytest.mark.parametrize("shape", [(4, 7), (4, 5), (3, 6), (24,)])
 def test_parameter_of_another_shape(shape):
     layer = nn.Linear(6, 4)
     rst = hold(layer)

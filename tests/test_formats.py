@@ -278,6 +278,29 @@ def test_a_finetuning_state_loaded_before_the_weights(materialise):
     assert_same(model, first, tolerance=0)
 
 
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.layer(x) * (1 + self.weight)
+
+
+def test_a_weight_without_dimensions():
+    """One number, in a type of the user's own."""
+    model, average = make(Tempered), make(Tempered)
+    rst = RSTScheduler(model, 0.6, steps=2, seed=0, targets=(nn.Linear, Tempered))
+    assert list(rst.masks) == ["weight", "layer.weight"]
+    loss_of(model(*normal(3, 6)(0))).backward()
+    sgd(model).step()
+    finalize_quietly(rst)
+    rst.apply_masks(average)
+    assert_holds_zeros(model, rst)
+    assert_holds_zeros(average, rst)
+
+
 def test_large_tensors_are_walked_in_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 1000)
     tensor, mask = torch.randn(6, 1000), torch.ones(6, 1000, dtype=torch.uint8)

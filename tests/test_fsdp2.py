@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -24,10 +25,11 @@ from halves import (
 from models import finalize_quietly, make
 from ranks import everywhere, needs_fsdp2, on_two_ranks
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.masks import MaskSpec
-from torch_dual_ticket.shards import sum_over_shards
+from torch_dual_ticket.shards import is_offloaded, sum_over_shards
 
 pytestmark = needs_fsdp2
 
@@ -276,6 +278,19 @@ def test_zeros_are_in_what_is_saved_right_after_finalize():
     assert_zero(model, rst.masks)
 
 
+@on_two_ranks
+def test_another_model_is_left_as_it_is():
+    """It may be in the middle of its forward."""
+    model, other = shard(make(uneven_mlp), "root"), shard(make(uneven_mlp), "root")
+    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
+    half_loss(model, 0, dist.get_rank()).backward()
+    sgd(model.parameters()).step()
+    evaluate(model)
+    evaluate(other)
+    finalize_quietly(rst)
+    assert_gathered(other[0].weight)
+
+
 @pytest.mark.parametrize("through", ["parameters", "shards"])
 @on_two_ranks
 def test_weights_that_somebody_overwrites_are_masked_in_the_next_forward(through):
@@ -317,6 +332,22 @@ def test_offloaded_gradients_are_masked_before_the_step():
         assert bool((grad[~kept] == 0).all())
         assert bool((grad[kept] != 0).any())
     assert_zero(model, rst.masks)
+
+
+def spread(device: str, mesh: mock.Mock) -> SimpleNamespace:
+    """What tells how a parameter is spread, without the devices for it."""
+    return SimpleNamespace(placements=(Shard(0),), device=torch.device(device), device_mesh=mesh)
+
+
+def test_shards_that_are_offloaded_are_summed_up_where_the_mesh_computes():
+    gpus, cpus = mock.Mock(device_type="cuda"), mock.Mock(device_type="cpu")
+    assert [is_offloaded(spread("cpu", gpus)), is_offloaded(spread("cuda", gpus))] == [True, False]
+    assert [is_offloaded(spread("cpu", cpus)), is_offloaded(torch.ones(1))] == [False, False]
+    value = mock.Mock()
+    with mock.patch("torch.distributed.all_reduce") as reduce:
+        sum_over_shards(value, spread("cpu", gpus))
+    assert value.to.call_args == mock.call("cuda")
+    reduce.assert_called_once_with(value.to("cuda"), group=gpus.get_group(0))
 
 
 @pytest.mark.parametrize("evaluated", [False, True])

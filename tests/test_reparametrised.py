@@ -129,6 +129,14 @@ def test_a_norm_with_another_parametrisation_on_top_is_refused(norm):
         RSTScheduler(layer, 0.5)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=lambda norm: norm.__name__)
+def test_an_old_norm_of_the_bias_is_not_taken_for_one_of_the_weight(norm):
+    layer = norm(nn.Linear(6, 6), "bias")
+    prune.random_unstructured(layer, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"weight is already pruned by torch\.nn\.utils\.prune"):
+        RSTScheduler(layer, 0.5)
+
+
 @pytest.mark.parametrize(("norm", "suffix"), [(nn.utils.weight_norm, "v"), (nn.utils.spectral_norm, "orig")])
 def test_two_old_norms_on_one_layer(norm, suffix):
     """Each weight has its own leaf."""
