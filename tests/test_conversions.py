@@ -90,6 +90,24 @@ def test_gradient_hooks_that_somebody_takes_off_the_parameter():
     assert torch.equal(layer.weight.grad != 0, rst.masks["weight"])
 
 
+def test_a_parameter_that_outlives_its_layer_and_goes_into_another():
+    """It still has the hook of a hold that is gone."""
+    layer = nn.Linear(6, 4)
+    rst = hold(layer)
+    transformed(layer, rst)
+    finalize_quietly(rst)
+    other = nn.Linear(6, 4)
+    other.weight = layer.weight
+    del layer, rst
+    assert len(other.weight._post_accumulate_grad_hooks) == 1
+    rst = hold(other)
+    transformed(other, rst)
+    finalize_quietly(rst)
+    other.weight.grad = None
+    loss_of(other(X.float())).backward()
+    assert torch.equal(other.weight.grad != 0, rst.masks["weight"])
+
+
 def test_memory_exchanged_through_data():
     layer = nn.Linear(6, 4)
     rst = hold(layer)
@@ -161,6 +179,17 @@ def test_parametrisation_put_on_while_it_is_held(phase):
     prune.remove(layer, "weight")  # what the message says
     rst.step()
     layer(X)
+
+
+def test_a_finetuning_state_for_a_layer_whose_parameter_was_taken_away():
+    """The state loads; the forward says what is wrong."""
+    layer = nn.Linear(6, 4, dtype=torch.float64)
+    rst = hold(layer)
+    transformed(layer, rst)
+    parametrizations.weight_norm(layer)
+    rst.load_state_dict(rst.state_dict() | {"phase": "finetune"})
+    with pytest.raises(RuntimeError, match="weight is no parameter of its layer any more: a reparametrisation"):
+        layer(X)
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (4, 5), (3, 6), (24,)])

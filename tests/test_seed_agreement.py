@@ -1,6 +1,7 @@
 """Ranks whose masks or penalties differ would drift apart unnoticed: they agree, or are told why not."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -103,6 +104,8 @@ def test_a_torch_that_was_built_without_processes(monkeypatch):
     """Its ``torch.distributed`` has hardly more than ``is_available``."""
     monkeypatch.setattr(dist, "is_available", lambda: False)
     monkeypatch.delattr(dist, "is_initialized")
+    monkeypatch.delitem(sys.modules, "torch.distributed.fsdp", raising=False)
+    monkeypatch.setitem(sys.modules, "torch.distributed._composable_state", None)  # an import of it fails
     model = make(uneven_mlp)
     rst = RSTScheduler(model, sparsity=0.6)
     model(torch.randn(3, 12, dtype=torch.float64)).sum().backward()

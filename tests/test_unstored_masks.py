@@ -26,6 +26,11 @@ def words() -> nn.Module:
     return nn.Sequential(nn.Embedding(700, 8, sparse=True), nn.Flatten(), nn.Linear(8 * 12, 5))
 
 
+def long_rows() -> nn.Module:
+    """Longer than a part of a mask."""
+    return nn.Sequential(nn.Linear(12, 900), nn.Tanh(), nn.Linear(900, 5))
+
+
 def loss_on(model: nn.Module, index: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(index)
     if isinstance(model[0], nn.Embedding):
@@ -45,13 +50,14 @@ def small_parts(monkeypatch):
     ("build", "options"),
     [
         (wide, {"sparsity": 0.8}),
+        (long_rows, {"sparsity": 0.8}),
         (wide, {"pattern": "2:4"}),
         (wide, {"sparsity": 0.5, "cycles": 2}),
         (images, {"sparsity": 0.8}),
         (images, {"sparsity": 0.5, "pattern": "filter"}),
         (words, {"sparsity": 0.8, "targets": (nn.Embedding,)}),
     ],
-    ids=["wide", "2:4", "cycles", "channels_last", "filter", "sparse"],
+    ids=["wide", "long_rows", "2:4", "cycles", "channels_last", "filter", "sparse"],
 )
 def test_trains_as_with_stored_masks(build, options):
     models = twins(build)
@@ -97,6 +103,16 @@ def test_no_mask_stays_and_none_is_drawn_whole():
     assert {size[1] for size in sizes} == {12}
     assert max(size[0] for size in sizes) == 500 // 12
     assert len(sizes) >= 6 * 360 // (500 // 12)
+
+
+def test_no_mask_stays_where_a_sparse_gradient_has_asked_for_rows():
+    model = make(words)
+    rst = RSTScheduler(model, sparsity=0.8, steps=10, seed=3, store_masks=False, targets=(nn.Embedding,))
+    loss_on(model, 0).backward()
+    torch.optim.SparseAdam(model[0].parameters()).step()
+    held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (700, 8)]
+    assert [t.dtype for t in held if t.dtype in (torch.uint8, torch.bool)] == []
+    assert rst.state_dict()["update_pending"]
 
 
 def test_a_copy_does_not_store_masks_either():

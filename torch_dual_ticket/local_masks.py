@@ -60,7 +60,7 @@ class LocalMask:
         return self._drawn_in_parts(weight, *(local_offset(parameter) or (0,) * weight.dim()))
 
     def _drawn_in_parts(self, weight: Tensor, first: int, *others: int) -> Iterator[tuple[slice, Tensor]]:
-        rows = max(1, PART * len(weight) // max(1, weight.numel()))
+        rows = max(1, PART * len(weight) // weight.numel())
         for start in range(0, len(weight), rows):
             which = slice(start, min(start + rows, len(weight)))
             part = weight[which]
