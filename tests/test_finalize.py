@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from lives import is_plus_zero
-from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer
+from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer, wide
 from test_contract import shrinking, train, update
 from torch import nn
 from torch.nn.utils import prune
@@ -20,13 +20,14 @@ def norm_share(model, masks) -> float:
     return math.sqrt(masked / sum(float(model.get_parameter(name).square().sum()) for name in masks))
 
 
-def test_residual_and_the_report_of_finalize():
-    model = make(cnn)
+@pytest.mark.parametrize("build", [cnn, wide], ids=lambda build: build.__name__)
+def test_residual_and_the_report_of_finalize(build):
+    model = make(build)
     rst = RSTScheduler(model, 0.7, steps=4, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     masks = dict(rst.masks)
     assert rst.residual() == pytest.approx(norm_share(model, masks), rel=1e-12)
-    train(model, optimizer, rst, 4, INPUT_SHAPES[cnn])
+    train(model, optimizer, rst, 4, INPUT_SHAPES[build])
     shares = {name: norm_share(model, {name: kept}) for name, kept in masks.items()}
     total = norm_share(model, masks)
     assert isinstance(rst.residual(), float)

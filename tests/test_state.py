@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, make, mlp
+from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, make, mlp, wide
 from test_contract import train
 from torch import nn
 
@@ -17,8 +17,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
 
 
-def begin(**settings):
-    model = make(mlp)
+def begin(build=mlp, **settings):
+    model = make(build)
     return model, sgd(model), RSTScheduler(model, **{"sparsity": 0.8, "steps": 6, "seed": 3, **settings})
 
 
@@ -140,8 +140,9 @@ def test_one_update_without_a_tick_is_no_use_yet():
     assert all(torch.equal(kept, rst.masks[name]) for name, kept in other.masks.items())
 
 
-def test_back_from_finetuning_to_the_transformation():
-    model, optimizer, rst = begin()
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
+def test_back_from_finetuning_to_the_transformation(build):
+    model, optimizer, rst = begin(build)
     train(model, optimizer, rst, 3, (12,))
     saved = copy.deepcopy((rst.state_dict(), model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, rst, 3, (12,), start=3)
@@ -231,5 +232,16 @@ def test_back_between_apply_penalty_and_its_tick():
     loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
     rst.apply_penalty()
     rst.load_state_dict(start)
+    train(model, optimizer, rst, 1, (12,))
+    assert rst.progress == 1 / 6
+
+
+def test_a_tick_before_weights_are_loaded():
+    """They have changed since it, and no update carried the penalty; nothing was forgotten for all that."""
+    model, optimizer, rst = begin()
+    rst.step()
+    model.load_state_dict(make(mlp, seed=1).state_dict())
+    rst.load_state_dict(rst.state_dict())
+    rst.step()  # warnings are errors
     train(model, optimizer, rst, 1, (12,))
     assert rst.progress == 1 / 6

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from halves import STEPS, InOneProcess, assert_replicated, full_loss, half_loss, live_alike, whole_state
+from halves import STEPS, InOneProcess, assert_replicated, assert_zero, full_loss, half_loss, live_alike, whole_state
 from models import batch, finalize_quietly, make
 from ranks import everywhere, needs_fsdp2, on_four_ranks, on_two_ranks
 from torch import nn
@@ -86,6 +86,21 @@ def test_masks_are_drawn_for_the_shards_alone_and_once_in_each_phase():
         asked = [(call.args[0].name, call.kwargs["size"]) for call in draw.call_args_list]
     shapes = local_shapes(model)
     assert sorted(asked) == sorted((name, shapes[name]) for name in rst.masks)
+
+
+@on_two_ranks
+def test_shards_that_get_other_memory_are_masked_at_the_next_forward():
+    """Through ``.data``, which no version tells of."""
+    model = parallelize(make(mlp), mesh(2))
+    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
+    full_loss(model, 0, 0).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    finalize_quietly(rst)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().data = torch.ones_like(parameter.to_local())
+        full_loss(model, 0, 0)
+    assert_zero(model, rst.masks)
 
 
 @on_two_ranks

@@ -186,6 +186,15 @@ def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
         train_forgetfully(model, optimizer, rst, 100)
 
 
+def test_an_optimizer_of_another_library_that_takes_over_is_noticed():
+    """What torch's own has carried before does not hide it."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5)
+    train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 3)
+    with pytest.warns(UserWarning, match=r"0\.weight.* changed, but no update carried the penalty"):
+        train_forgetfully(model, Momentum(model.parameters()), rst, 3)
+
+
 def test_a_layer_that_is_updated_elsewhere_is_noticed():
     """One layer is in the hands of another library, the others in torch's."""
     model = make(mlp)
