@@ -185,6 +185,37 @@ def test_one_of_two_optimizers_takes_a_closure():
     assert_same_life(train)
 
 
+class Recomputing(torch.optim.SGD):
+    """Hands a closure down that it was not given itself; the gradients that it finds are those of the last update."""
+
+    def step(self):
+        return super().step(self.closure)
+
+
+class ComputingAlone(torch.optim.SGD):
+    """Finds no gradients, and makes them before the step that it inherits."""
+
+    def step(self):
+        self.closure()
+        return super().step()
+
+
+@pytest.mark.parametrize("kind", [Recomputing, ComputingAlone], ids=lambda kind: kind.__name__)
+def test_a_subclass_that_makes_the_gradients_itself(kind):
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire hooks of their own
+
+    def train(model, side):
+        optimizer = kind(model.parameters(), lr=0.05)
+        for index in updates(side):
+            optimizer.closure = closure_of(model, side, optimizer, index)
+            if kind is ComputingAlone:
+                optimizer.zero_grad()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
 class Scaled(torch.optim.SGD):
     """Its step takes something else than a closure."""
 
