@@ -343,6 +343,24 @@ def test_a_copy_zeroes_at_its_forward_what_no_optimizer_has_changed():
     assert_same(duplicate, dense, 0)
 
 
+def test_a_copy_of_a_model_that_is_updated_by_hand_zeroes_at_each_forward():
+    """Such updates may leave no trace, in the copy's loop as in the original's."""
+    model = make(mlp)
+    rst = RSTScheduler(model, 0.6, steps=2, seed=0)
+    loss_of(model, 0, SHAPE).backward()
+    rst.apply_penalty()
+    rst.step()
+    finalize_quietly(rst)
+    duplicate = copy.deepcopy(model)
+    x, _ = batch(0, SHAPE)
+    duplicate(x)
+    for name in rst.masks:
+        duplicate.get_parameter(name).data.add_(1)
+    duplicate(x)
+    for name, kept in rst.masks.items():
+        assert not duplicate.get_parameter(name)[~kept].any()
+
+
 def test_original_and_copy_are_independent():
     model, rst = finalized()
     duplicate = copy.deepcopy(model)
