@@ -433,6 +433,13 @@ def test_a_scheduler_copied_with_its_finalised_model_speaks_of_the_copy():
     assert hooks(model) == 3
 
 
+def test_a_scheduler_copied_after_a_layer_has_left_speaks_of_the_others():
+    model, rst = finalized()
+    prune.remove(model[2], "weight")
+    _, its_rst = copy.deepcopy((model, rst))
+    assert list(its_rst.masks) == ["0.weight", "4.weight"]
+
+
 def test_a_copied_scheduler_that_goes_back_and_is_dropped_leaves_nothing():
     before, its_rst = midway()
     state = its_rst.state_dict()

@@ -724,3 +724,12 @@ def test_remove_leaves_a_plain_model():
     train(model, sgd(model), range(3), rst)
     train(other, sgd(other), range(3))
     assert_same(model, other, 0)
+
+
+def test_ticks_after_remove_do_nothing():
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.8, steps=5, seed=1)
+    train(model, sgd(model), range(3), rst)
+    rst.remove()
+    rst.step()
+    assert (rst.penalty, rst.progress) == (0, 3 / 5)

@@ -8,6 +8,8 @@ from lives import assert_same_life, training_with, updates
 from models import INPUT_SHAPES, loss_of, mlp
 from torch import nn
 
+from torch_dual_ticket import RSTScheduler
+
 SHAPE = INPUT_SHAPES[mlp]
 
 
@@ -133,6 +135,25 @@ def test_a_parameter_that_the_optimizer_has_before_the_model():
         return nn.Sequential(*mlp()[:4], nn.Linear(16, 5, bias=False).requires_grad_(False))
 
     assert_same_life(train, first_two_layers, exclude=["4"])
+
+
+def test_a_parameter_exchanged_in_the_model_alone():
+    """What the optimizer goes on updating is in the model no more: it gets no penalty, and no tick counts."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rst = RSTScheduler(model, 0.5, steps=8, seed=0)
+
+    def make_updates(count):
+        for index in range(count):
+            backward(model, index)
+            optimizer.step()
+            rst.step()
+
+    make_updates(2)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    make_updates(2)
+    assert rst.progress == 2 / 8
 
 
 def test_an_optimizer_restored_midway():
