@@ -140,7 +140,7 @@ def test_a_parameter_that_the_optimizer_has_before_the_model():
 def test_a_parameter_exchanged_in_the_model_alone():
     """What the optimizer goes on updating is in the model no more: it gets no penalty, and no tick counts."""
     torch.manual_seed(0)
-    model = mlp()
+    model = mlp().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rst = RSTScheduler(model, 0.5, steps=8, seed=0)
 
