@@ -406,6 +406,31 @@ def test_penalty_by_hand():
 
 
 @on_two_ranks
+def test_lbfgs_compares_losses_with_the_penalty_of_all_shards():
+    """Both ranks look at one batch: then the losses of a line search are those of one process."""
+
+    def even_mlp():  # torch's LBFGS flattens the gradients, and refuses shards of different sizes
+        return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
+
+    model, alone = shard(make(even_mlp)), make(even_mlp)
+    for one in (model, alone):
+        rst = RSTScheduler(one, sparsity=0.6, steps=4, max_penalty=0.5, seed=0)
+        optimizer = torch.optim.LBFGS(one.parameters(), line_search_fn="strong_wolfe")
+
+        def evaluated(one=one, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = half_loss(one, 0, 0)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(evaluated)
+            rst.step()
+    for name, value in whole_state(model).items():
+        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+@on_two_ranks
 def test_shards_that_are_changed_by_hand_without_a_trace():
     """Through ``.data``, where ``apply_penalty()`` has told of updates that no optimizer makes."""
     model = shard(make(uneven_mlp))
