@@ -60,7 +60,7 @@ class RSTScheduler:
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> rst = RSTScheduler(model, sparsity=0.75, steps=50, hold=50, seed=0)
+        >>> rst = RSTScheduler(model, sparsity=0.75, steps=50, hold=50, max_penalty=5, seed=0)
         >>> for _ in range(200):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(32, 8)).square().mean().backward()
