@@ -4,6 +4,8 @@ methods (names as in the tables):
   dense               nothing is pruned
   scratch             a random ticket, trained from initialisation
   scratch-ERK         the same, with more weights kept in small layers (Erdős–Rényi-Kernel)
+  scratch-scaled      scratch from larger weights, so that signals keep their size
+  scratch-short       scratch with fewer updates than all others: those that RST has left after its search
   L1                  train, remove the smallest weights, finetune
   GMP                 gradual magnitude pruning: the same little by little, during the search
   LTH                 lottery ticket: train, remove the smallest weights, rewind to initialisation, train
@@ -13,10 +15,11 @@ methods (names as in the tables):
   RST-ERK             the same, with more weights kept in small layers
   RST-iter            RST in several cycles, with nested masks
 
-What is kept equal: the total number of updates, the initial weights and the order of the batches of a seed, which
-layers stay dense, the optimizer, and how many learning rates a method may try. The rate of the dense stretches is the
-best one for the dense network; the rate of the last stretch is chosen for each method and sparsity. Both are chosen on
-the validation part, with seeds of their own. The test part is looked at once in a run, after its last update.
+What is kept equal: the total number of updates (scratch-short alone has fewer), the initial weights and the order of
+the batches of a seed, which layers stay dense, the optimizer, and how many learning rates a method may try. The rate of
+the dense stretches is the best one for the dense network; the rate of the last stretch is chosen for each method and
+sparsity. Both are chosen on the validation part, with seeds of their own. The test part is looked at once in a run,
+after its last update.
 
 Every finished run is a line in OUT/records.jsonl. The same command again makes only the runs that are missing.
 """

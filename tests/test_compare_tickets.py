@@ -72,7 +72,8 @@ def test_every_method_makes_the_same_number_of_updates(method, monkeypatch):
         result = training.run_cell(cell(method), None, CPU)
     finally:
         handle.remove()
-    assert len(steps) == CELL.updates == result["dense_updates"] + result["sparse_updates"]
+    made = CELL.updates / 2 if method == "scratch-short" else CELL.updates
+    assert len(steps) == made == result["dense_updates"] + result["sparse_updates"]
     looks_at_masked = method in ANNEALED_ONCE
     assert parts == ["validation"] * (1 + looks_at_masked) + ["test"]
     assert (result["masked"] is not None) == looks_at_masked
@@ -80,6 +81,19 @@ def test_every_method_makes_the_same_number_of_updates(method, monkeypatch):
     assert (result["residual"] is not None) == (method in PENALISED)
     if method in SEARCHES - {"LTH-iter"}:
         assert result["dense_updates"] == CELL.updates / 2
+
+
+def test_scaled_weights_keep_the_size_that_signals_have_in_the_dense_network():
+    job = training.Job(cell("scratch-scaled", sparsity=0.75, updates=0), training.load("digits", None, CPU), CPU, int)
+    x = torch.randn(1000, job.model[1].in_features)
+    before = {name: weight.detach().clone() for name, weight in job.model.named_parameters()}
+    size = (x @ job.model[1].weight.T).std().item()
+    methods.scratch_scaled(job)
+    assert list(job.masks) == ["1.weight", "3.weight"]
+    for name, weight in job.model.named_parameters():
+        expected = before[name] * (2 * job.masks[name] if name in job.masks else 1)  # a quarter is left
+        torch.testing.assert_close(weight, torch.nn.Parameter(expected), rtol=1e-3, atol=0)
+    assert (x @ job.model[1].weight.T).std().item() == pytest.approx(size, rel=0.05)
 
 
 @pytest.mark.parametrize("method", sorted(ANNEALED_ONCE))
@@ -271,9 +285,9 @@ def test_runs_of_one_seed_share_initial_weights_batches_and_random_mask(monkeypa
         training.run_cell(cell(method), None, CPU)
     for method in METHODS:
         assert all(map(torch.equal, starts[method].values(), starts["dense"].values()))
-        assert len(batches[method]) == CELL.updates
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(batches[method], batches["dense"], strict=True))
-    for method in ("random-after-dense", "RST", "RST-iter"):
+        assert len(batches[method]) == CELL.updates / (2 if method == "scratch-short" else 1)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(batches[method], batches["dense"], strict=False))
+    for method in ("scratch-scaled", "scratch-short", "random-after-dense", "RST", "RST-iter"):
         assert all(torch.equal(masks[method][name], mask) for name, mask in masks["scratch"].items())
         assert list(masks[method]) == ["1.weight", "3.weight"]
 

@@ -11,6 +11,8 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import LotteryTicket, hold, magnitude_masks, random_ticket
 
@@ -38,6 +40,26 @@ def scratch(job: Job, distribution: str = "uniform") -> None:
 
 def scratch_erk(job: Job) -> None:
     scratch(job, "erk")
+
+
+def scratch_scaled(job: Job) -> None:
+    """The random ticket, with larger weights where it is sparser: signals keep the size they have in the dense network.
+
+    Each output sums over fewer inputs: its variance, and that of the gradients, falls with the weights that are left.
+    """
+    job.ticket = random_ticket(job.model, job.cell.sparsity, **job.same_mask)
+    parameters = dict(job.model.named_parameters())
+    with torch.no_grad():
+        for name, mask in job.masks.items():
+            parameters[name].mul_((mask.numel() / int(mask.sum())) ** 0.5)
+    job.train(job.cell.updates, job.cell.rate)
+
+
+def scratch_short(job: Job) -> None:
+    """The random ticket from initialisation, with no more updates than RST has left for it after its search."""
+    job.ticket = random_ticket(job.model, job.cell.sparsity, **job.same_mask)
+    job.forgone = job.search
+    job.train(job.left, job.cell.rate)
 
 
 def magnitude(job: Job) -> None:
@@ -143,6 +165,8 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "dense": dense,
     "scratch": scratch,
     "scratch-ERK": scratch_erk,
+    "scratch-scaled": scratch_scaled,
+    "scratch-short": scratch_short,
     "L1": magnitude,
     "GMP": gradual,
     "LTH": lottery,
@@ -152,7 +176,8 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "RST-ERK": rst_erk,
     "RST-iter": rst_iterative,
 }
-PAPER = [method for method in METHODS if method not in ("GMP", "RST-ERK")]
+EXTRA = ("scratch-scaled", "scratch-short", "GMP", "RST-ERK")  # compared with when they are asked for
+PAPER = [method for method in METHODS if method not in EXTRA]
 SEARCHES = {"L1", "GMP", "LTH", "LTH-iter", "random-after-dense", "RST", "RST-ERK", "RST-iter"}
 BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
@@ -167,7 +192,7 @@ def with_its_own(cell: Cell) -> Cell:
     method, unused = cell.method, {}
     if method == "dense":
         unused |= {"sparsity": 0.0}
-    if method not in SEARCHES:
+    if method not in SEARCHES and method != "scratch-short":
         unused |= {"search": 0.0}
     if method not in ITERATIVE:
         unused |= {"cycles": 1}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .data import DATA
-from .methods import METHODS, PAPER, WITH_PATTERN
+from .methods import EXTRA, METHODS, PAPER, WITH_PATTERN
 from .models import MODELS, OPTIMIZERS
 from .training import load
 
@@ -44,7 +44,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     text = "average images to N × N pixels, for computers without a GPU; default: as they are"
     what("--pixels", type=at_least(1), default=0, metavar="N", help=text)
     what("--model", choices=MODELS, default="lenet-300-100", help="default: lenet-300-100")
-    text = "of those above; default: all but GMP and RST-ERK"
+    text = f"of those above; default: all but {', '.join(EXTRA)}"
     what("--methods", nargs="+", choices=METHODS, default=list(PAPER), metavar="M", help=text)
     text = "fractions of weights to remove; default: 0.9 0.95 0.98, or what the pattern means"
     what("--sparsity", nargs="+", type=between(0, 1), metavar="S", help=text)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-RIVALS = ("scratch", "LTH", "LTH-iter", "random-after-dense")
+RIVALS = ("scratch", "scratch-scaled", "scratch-short", "LTH", "LTH-iter", "random-after-dense")
 
 
 @dataclass(frozen=True)

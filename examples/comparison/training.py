@@ -51,6 +51,7 @@ class Job:
         self.masked: float | None = None  # validation accuracy just after the mask, where weights survive it
         self.search = round(cell.search * cell.updates)
         self.done = {"dense": 0, "sparse": 0}
+        self.forgone = 0  # updates of the budget that the method does not make
         self.training_flops = 0.0
         self._optimizer: torch.optim.Optimizer | None = None
         self._flops = FlopCount(self.model, data.example())
@@ -66,7 +67,7 @@ class Job:
 
     @property
     def left(self) -> int:
-        return self.cell.updates - sum(self.done.values())
+        return self.cell.updates - self.forgone - sum(self.done.values())
 
     @property
     def same_mask(self) -> dict[str, Any]:
