@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .masks import Mask
 
 PART = 1 << 20  # weights whose mask is computed at a time where masks are not stored
+SAMPLE = 1 << 16  # weights that are enough to tell their size by
 
 
 class LocalMask:
@@ -66,6 +67,15 @@ class LocalMask:
             part = weight[which]
             kept = self._mask.draw(offset=(first + start, *others), size=tuple(part.shape), device=weight.device)
             yield which, self._formed(kept, part)
+
+    def sample(self, parameter: Tensor, weight: Tensor) -> tuple[slice, Tensor]:
+        """Some rows of a weight that is not empty, and a bool tensor that is True at the masked ones in them."""
+        if not self.is_stored_for(weight):
+            rows, mask = next(self.parts(parameter, weight))
+        else:
+            rows = slice(max(1, SAMPLE * len(weight) // weight.numel()))
+            mask = self.whole(parameter, weight)[rows]
+        return rows, self._masked(mask)
 
     def squared_norms(self, parameter: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of squares of the masked weights and of all weights, as float64 scalars on the weight's device."""

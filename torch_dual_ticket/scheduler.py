@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, mask_views
-from .advice import warn_of_penalty
+from .advice import Advice
 from .agreement import agree_on_seed, check_not_joined, world_size
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
@@ -102,7 +102,7 @@ class RSTScheduler:
         with arguments.generator_unchanged_on_error():
             self.seed = agree_on_seed(given_seed, plan, model, self._timeline)
             arguments.check_directions(found, plan.masks(self.seed))
-        self._plan, self._model, self._ticks = plan, model, 0
+        self._plan, self._model, self._ticks, self._advice = plan, model, 0, Advice(self._timeline)
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
         self._report: Report | None = None
         self._ticket = ticket = Ticket(model, stores_masks=store_masks)
@@ -137,8 +137,8 @@ class RSTScheduler:
         if not (self._ticks or self._seed_is_given):
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.is_due(), self._timeline.ticks)
-        if self._ticks < ticks == self._timeline.time_for_advice:
-            warn_of_penalty(ticket, self._timeline)
+        if self._ticks < ticks:
+            self._advice.give(ticket, ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
         if self._timeline.cycle(ticks) != self._cycle:

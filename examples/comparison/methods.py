@@ -145,7 +145,7 @@ def rst(job: Job, cycles: int = 1, distribution: str = "uniform") -> None:
         **job.same_mask,
     )
     with warnings.catch_warnings():  # the table says how much was left
-        warnings.filterwarnings("ignore", message="with lr=|the masked weights still held")
+        warnings.filterwarnings("ignore", message="with lr=|the masked weights (still held|come to rest)")
         job.train(updates, cell.dense_rate, after_update=rst.step)
         job.residual = rst.residual()
         rst.finalize()

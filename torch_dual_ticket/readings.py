@@ -1,0 +1,33 @@
+"""Numbers on their way from a device to the host, for code that must not wait for a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Reading:
+    """The values of a tensor as they were when this was made, on the CPU or on CUDA; on the latter they arrive later.
+
+    >>> reading = Reading(torch.ones(2))
+    >>> reading.has_arrived(), reading.values.tolist()
+    (True, [1.0, 1.0])
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrival: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self.values = tensor.clone()
+            return
+        self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # else the copy would wait
+        self.values.copy_(tensor, non_blocking=True)
+        self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrival.record(torch.cuda.current_stream(tensor.device))
+
+    def has_arrived(self) -> bool:
+        """Whether ``values`` are there. Asking does not wait."""
+        return self._arrival is None or bool(self._arrival.query())  # type: ignore[no-untyped-call]
