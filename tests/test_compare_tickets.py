@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -698,6 +699,44 @@ def test_several_processes_and_several_ranks_do_what_one_process_does(tmp_path):
         assert run.ranks == 2
         # Sums are made in another order; a prediction or two of 450 may turn.
         assert result["test"] == pytest.approx(alone["test"], abs=1.0)
+
+
+KILLED = """
+import multiprocessing, time
+from comparison.engines import in_processes
+from test_compare_tickets import CPU, cell
+
+if __name__ == "__main__":
+    endless = cell("dense", updates=10**9)
+    for _ in in_processes(1, [cell("dense"), endless], None, CPU, int):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_no_process_outlives_a_comparison_that_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    paths = os.pathsep.join([str(EXAMPLES), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "killed.py")], stdout=subprocess.PIPE, env=environment
+    ) as run:
+        workers = [int(pid) for pid in run.stdout.readline().split()]
+        assert workers
+        run.kill()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "a worker goes on with its endless run"
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # whoever has adopted it may not have asked for its exit status yet
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(
