@@ -1,6 +1,7 @@
 """The networks that are compared on, and how each is trained.
 
-Each leaves dense what the paper leaves dense: its first convolution and its last linear layer.
+Each leaves dense what the paper leaves dense: its first convolution and its last linear layer. The paper would prune
+the first linear layer of LeNet; "first-dense" tells what comes of that.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ class Recipe:
 OPTIMIZERS = {"sgd": Optimizer(sgd, (0.03, 0.1, 0.3)), "adamw": Optimizer(adamw, (3e-4, 1e-3, 3e-3))}
 MODELS = {
     "lenet-300-100": Recipe(LeNet300100, ("5",), "sgd", "images"),
+    "lenet-300-100-first-dense": Recipe(LeNet300100, ("1", "5"), "sgd", "images"),
     "convnet": Recipe(SmallConvNet, ("0", "14"), "sgd", "images"),
     **{
         f"resnet{depth}": Recipe(partial(ResNet, depth=depth), ("conv", "fc"), "sgd", "images")
