@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
+from .local_masks import SAMPLE
 from .readings import Reading
 from .shards import local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -33,135 +34,196 @@ class Advice:
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
+        self._messages: list[str] = []
         self._expected: list[_Sample] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_timeline": self._timeline, "_expected": []}
+        return Advice(self._timeline).__dict__
 
-    def give(self, ticket: Ticket, ticks: int) -> None:
-        """Warn where the penalty cannot do its work; to be called with the ticks after each update."""
-        if ticks == self._timeline.time_for_advice:
-            try:
-                penalties = [self._timeline.penalty(tick) for tick in range(self._timeline.ticks_per_cycle)]
-            except Exception:  # of a schedule of the user's own, which step() will let through when it comes to that
-                return
-            if max(penalties) == 0:
-                return
-            for optimizer, members in ticket.members.items():
-                if isinstance(optimizer, SGD):
-                    for group in {id(group): group for _, _, group in members.held}.values():
-                        if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
-                            _warn_of_group(group["lr"], group["momentum"], group["dampening"], penalties)
-                elif isinstance(optimizer, (Adam, AdamW)):
-                    updates = len(penalties) - ticks
-                    self._expected += _take_samples(members.held, optimizer, ticket.penalty, max(penalties), updates)
+    def look(self, ticket: Ticket, ticks: int) -> None:
+        """To be called with the ticks after each update, while it is still known what carried the penalty."""
+        if ticks != self._timeline.time_for_advice:
+            return
+        try:
+            penalties = [self._timeline.penalty(tick) for tick in range(self._timeline.ticks_per_cycle)]
+        except Exception:  # of a schedule of the user's own, which step() will let through when it comes to that
+            return
+        if max(penalties) == 0:
+            return
+        for optimizer, members in ticket.members.items():
+            if id(optimizer) not in ticket.carriers:
+                continue
+            if isinstance(optimizer, SGD):
+                for group in {id(group): group for _, _, group in members.held}.values():
+                    if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
+                        self._messages += _about_sgd(group["lr"], group["momentum"], group["dampening"], penalties)
+            elif isinstance(optimizer, (Adam, AdamW)):
+                self._expected += _take_samples(members.held, optimizer, penalties, ticks)
+
+    def speak(self) -> None:
+        """Warn of what was seen; to be called when the tick is over."""
+        messages, self._messages = self._messages, []
         if self._expected and all(sample.reading.has_arrived() for sample in self._expected):
             samples, self._expected = self._expected, []
-            _warn_of_samples(samples)
+            messages += _about_adam(samples)
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
 
 
-def _warn_of_group(lr: float, momentum: float, dampening: float, penalties: Sequence[float]) -> None:
+def _about_sgd(lr: float, momentum: float, dampening: float, penalties: Sequence[float]) -> list[str]:
     """What shrinks a weight under SGD is Σ lr·λ / (1 - momentum); and it diverges where lr·λ is 2·(1 + momentum)."""
     ceiling, limit = max(penalties), 2 * (1 + momentum)
     what = f"with lr={lr:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
     if lr * ceiling >= limit:
-        warnings.warn(
+        return [
             f"{what}, the masked weights will diverge: lr times penalty must stay below 2·(1 + momentum) = {limit:g}."
-            f" Lower max_penalty to less than {limit / lr:.3g}.",
-            stacklevel=4,
-        )
-        return
+            f" Lower max_penalty to less than {limit / lr:.3g}."
+        ]
     shrinks_by = lr * sum(penalties) * (1 - dampening) / (1 - momentum)
     if 0 < shrinks_by < -math.log(_LEFT):
-        warnings.warn(
+        return [
             f"{what}, {len(penalties):,} updates will leave about {math.exp(-shrinks_by):.0%} of the masked weights,"
             " and finalize() will take that away. Make steps, hold, max_penalty or lr larger, together"
-            f" {-math.log(_LEFT) / shrinks_by:.2g} times.",
-            stacklevel=4,
-        )
+            f" {-math.log(_LEFT) / shrinks_by:.2g} times."
+        ]
+    return []
+
+
+def _about_adam(samples: Sequence[_Sample]) -> list[str]:
+    """What holds for Adam, which divides by the size of the gradient, the penalty's part included.
+
+    A weight moves by about lr in an update, whatever λ is; and it comes to rest where the penalty's gradient is as
+    large as that of the loss, and shakes there.
+    """
+
+    def share(part: str) -> float:
+        """Of the size that the masked weights had, over all layers."""
+        left = sum(sample.size * getattr(sample, part) ** 2 for sample in samples)
+        return math.sqrt(left / (sum(sample.size * sample.original**2 for sample in samples) or 1.0))
+
+    first, balanced, shaken = samples[0], share("balanced"), share("shaken")
+    if (left := share("out_of_reach")) > _LEFT:
+        times = max(sample.largest / sample.reach for sample in samples)
+        return [
+            f"with lr={first.lr:g}, {first.updates:,} more updates will leave {left:.0%} of the masked weights or more,"
+            " and finalize() will take that away: Adam moves a weight by about lr in an update, whatever the penalty."
+            f" Make steps, hold or lr larger, together {times:.2g} times."
+        ]
+    if (left := math.hypot(balanced, shaken)) > _LEFT_BY_ESTIMATE:
+        times = max(balanced / _LEFT, (shaken / _LEFT) ** 2)
+        return [
+            "the masked weights come to rest where the penalty balances the gradients of the loss: with a penalty up to"
+            f" {first.ceiling:g} and gradients as they were, at about {left:.0%} of their size. finalize() will take"
+            f" that away. Make max_penalty {times:.2g} times larger."
+        ]
+    return []
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some of one parameter's masked weights, under Adam."""
+    """Some of one parameter's masked weights under Adam, with the statistics of its gradients."""
 
     size: int  # masked weights of the parameter
     lr: float
     updates: int  # that are left for the transformation
-    penalty: float  # λ now
-    ceiling: float
-    reading: Reading  # means: of the squares, of what lies out of reach, squared, of gradients' sizes; kept squares
+    ceiling: float  # of λ and the optimizer's own weight decay, where that is in the gradients as well
+    noise_in_mean: float  # the share of the noise's variance that is left in Adam's mean of the gradients
+    reading: Reading
 
     @property
-    def rms(self) -> float:
-        return math.sqrt(float(self.reading.values[0]))
+    def reach(self) -> float:
+        """How far a weight can move towards zero."""
+        return self.lr * self.updates
+
+    @property
+    def _means(self) -> list[float]:
+        return [float(value) for value in self.reading.values]
 
     @property
     def original(self) -> float:
-        """The rms that they had, by that of the weights that stay."""
-        return max(self.rms, math.sqrt(float(self.reading.values[3])))
+        """The rms that the masked weights had, by that of the weights that stay."""
+        return math.sqrt(max(self._means[0], self._means[1]))
+
+    @property
+    def largest(self) -> float:
+        return self._means[5]
 
     @property
     def out_of_reach(self) -> float:
-        """The rms of what is left where every weight moves towards zero by lr in each update, as far as it has to."""
-        return math.sqrt(float(self.reading.values[1]))
+        """The rms of what is left where each weight moves towards zero as far as it has to."""
+        return math.sqrt(self._means[2])
 
     @property
-    def at_rest(self) -> float:
-        """The size of weights at which the penalty balances the gradients of the loss, as large as these are now."""
-        both, its_own = float(self.reading.values[2]), self.penalty * self.rms
-        if 2 * its_own**2 > both**2:  # it is stronger already
-            return 0.0
-        return math.sqrt(both**2 - its_own**2) / self.ceiling
+    def balanced(self) -> float:
+        """The size at which λ·w is as large as the gradients of the loss on average."""
+        pull = max(0.0, self._means[3] - self.noise_in_mean * self._means[4])
+        return min(math.sqrt(pull) / self.ceiling, self.original)
+
+    @property
+    def shaken(self) -> float:
+        """The size that random gradients give a weight, by updates of lr·g/σ against lr·λ·w/σ."""
+        return min(math.sqrt(self.lr * math.sqrt(self._means[4]) / (2 * self.ceiling)), self.original)
 
 
 @torch.no_grad()
-def _take_samples(held: Held, optimizer: Optimizer, penalty: float, ceiling: float, updates: int) -> list[_Sample]:
+def _take_samples(held: Held, optimizer: Optimizer, penalties: Sequence[float], ticks: int) -> list[_Sample]:
     """Nothing waits for a device here."""
     samples = []
+    updates = len(penalties) - ticks
     for hold, parameter, group in held:
-        weight, state, lr = local(parameter), optimizer.state.get(parameter, {}), group["lr"]
-        is_known = weight.device.type in ("cpu", "cuda") and weight.is_floating_point() and weight.numel() > 0
-        if is_known and "exp_avg_sq" in state and not isinstance(lr, Tensor):
-            means = _means(hold, parameter, local(state["exp_avg_sq"]), state["step"], group["betas"][1], lr * updates)
-            samples.append(_Sample(hold.mask.pruned_weights, lr, updates, penalty, ceiling, Reading(means)))
+        state, lr = optimizer.state.get(parameter, {}), group["lr"]
+        if isinstance(lr, Tensor) or not _is_known(local(parameter), state):
+            continue
+        lr = max(lr, group.get("initial_lr", 0.0))  # it may be in its warm-up
+        is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+        decay = 0.0 if is_decoupled else group["weight_decay"]
+        if lr > 0 and updates > 0:
+            betas, reach = group["betas"], lr * updates
+            statistics = _statistics(hold, parameter, state, betas, penalties[ticks - 1] + decay, reach)
+            noise_in_mean = (1 - betas[0]) / (1 + betas[0])
+            facts = (hold.mask.pruned_weights, lr, updates, max(penalties) + decay, noise_in_mean)
+            samples.append(_Sample(*facts, Reading(statistics)))
     return samples
 
 
-def _means(hold: Hold, parameter: Tensor, squares: Tensor, step: Tensor, beta: float, reach: float) -> Tensor:
+def _is_known(weight: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether the state is Adam's, and not one that a subclass has made smaller, or has put elsewhere."""
+    return (
+        weight.device.type in ("cpu", "cuda")
+        and weight.is_floating_point()
+        and weight.numel() > 0
+        and "step" in state
+        and all(
+            name in state and local(state[name]).shape == weight.shape and state[name].device == weight.device
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+    )
+
+
+def _statistics(
+    hold: Hold, parameter: Tensor, state: Mapping[str, Any], betas: tuple[float, float], shrinkage: float, reach: float
+) -> Tensor:
+    """Means over the masked weights, but for the second: w², w² of those that stay, what lies out of reach, squared,
+    the squared mean gradient of the loss, the variance of gradients; and the largest |w|."""
     weight = local(parameter)
     rows, masked = hold.local_mask.sample(parameter, weight)
-    sizes = weight[rows].abs().float()
-    gradients = (squares[rows].float() / (1 - beta**step)).sqrt()
-    seen = torch.stack([sizes.square(), (sizes - reach).clamp(min=0).square(), gradients, sizes.square()])
-    which = torch.stack([masked, masked, masked, ~masked])
-    return (seen * which).flatten(1).sum(1) / which.flatten(1).sum(1).clamp(min=1)
 
+    def sample(tensor: Tensor) -> Tensor:
+        return tensor[rows].reshape(masked.shape[0], -1)[:, :SAMPLE].float()
 
-def _warn_of_samples(samples: Sequence[_Sample]) -> None:
-    """Say what holds for Adam, which divides by the size of the gradient, the penalty's part included.
-
-    A weight moves by about lr in an update, whatever λ is; and it comes to rest where the penalty's gradient is as
-    large as that of the loss.
-    """
-
-    def share(part: str) -> float:
-        left = sum(sample.size * getattr(sample, part) ** 2 for sample in samples)
-        return math.sqrt(left / (sum(sample.size * sample.original**2 for sample in samples) or 1.0))
-
-    lr, updates, ceiling = samples[0].lr, samples[0].updates, samples[0].ceiling
-    if (left := share("out_of_reach")) > _LEFT:
-        largest = max(2.5 * sample.rms / (sample.lr * sample.updates) for sample in samples)
-        warnings.warn(
-            f"with lr={lr:g}, {updates:,} more updates will leave {left:.0%} of the masked weights or more, and"
-            " finalize() will take that away: Adam moves a weight by about lr in an update, whatever the penalty is."
-            f" Make steps, hold or lr larger, together {largest:.2g} times.",
-            stacklevel=4,
-        )
-    elif (left := share("at_rest")) > _LEFT_BY_ESTIMATE:
-        warnings.warn(
-            "the masked weights come to rest where the penalty balances the gradients of the loss: with a penalty up"
-            f" to {ceiling:g} and gradients as they were, at up to {min(1, left):.0%} of their size. finalize() will"
-            f" take that away. Make max_penalty {left / _LEFT:.2g} times larger.",
-            stacklevel=4,
-        )
+    masked = sample(masked)
+    weights, step = sample(weight), state["step"]
+    gradients = sample(local(state["exp_avg"])) / (1 - betas[0] ** step)
+    squares = sample(local(state["exp_avg_sq"])) / (1 - betas[1] ** step)
+    seen = torch.stack(
+        [
+            weights.square(),
+            weights.square(),
+            (weights.abs() - reach).clamp(min=0).square(),
+            (gradients - shrinkage * weights).square(),
+            (squares - gradients.square()).clamp(min=0),
+        ]
+    )
+    which = torch.stack([masked, 1 - masked, masked, masked, masked])
+    means = (seen * which).flatten(1).sum(1) / which.flatten(1).sum(1).clamp(min=1)
+    return torch.cat([means, (weights.abs() * masked).max().reshape(1)])

@@ -32,9 +32,8 @@ class RSTScheduler:
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
     of the weights that will be masked, with λ growing, through the step of whatever ``torch.optim.Optimizer`` holds
-    them. :meth:`finalize` sets them to zero and keeps them there while the same loop finetunes.
-
-    Construct it before or after wrapping the model (DDP, FSDP2, ``torch.compile``) and creating the optimizer.
+    them. :meth:`finalize` sets them to zero and keeps them there while the same loop finetunes. Construct it before or
+    after wrapping the model (DDP, FSDP2, ``torch.compile``) and creating the optimizer.
 
     Args:
         model: the module to prune. Its weights, names and structure stay as they are.
@@ -138,12 +137,13 @@ class RSTScheduler:
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.is_due(), self._timeline.ticks)
         if self._ticks < ticks:
-            self._advice.give(ticket, ticks)
+            self._advice.look(ticket, ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
         if self._timeline.cycle(ticks) != self._cycle:
             ticket.set_masks(self._plan.masks(self.seed, self._timeline.cycle(ticks)))
         self._ticks, ticket.penalty = ticks, penalty
+        self._advice.speak()
 
     @property
     def _cycle(self) -> int:

@@ -123,7 +123,7 @@ class Timeline:
     @property
     def time_for_advice(self) -> int:
         """After so many ticks a warm-up is mostly over, and little is lost yet."""
-        return max(1, self.ticks // 10)
+        return max(1, min(self.ticks // 10, self.ticks_per_cycle // 2))
 
     @property
     def ticks_per_cycle(self) -> int:

@@ -47,6 +47,7 @@ class Ticket:
         self.update_pending = False
         self._ever_carried = False
         self.carried: set[str] = set()  # names of the parameters that got the penalty since the last tick
+        self.carriers: set[int] = set()  # ids of the optimizers whose updates did that
         self._version_at_tick: dict[str, int] = {}  # of those that did not before it
         self.optimizer: weakref.ref[Optimizer] | None = None
         self.members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
@@ -194,6 +195,7 @@ class Ticket:
         bypassed = [name for name, now in versions.items() if self._version_at_tick.get(name, now) != now]
         self._version_at_tick = versions
         self.carried.clear()
+        self.carriers.clear()
         self._idle_ticks += not self._ever_carried
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
             self._has_warned = True
@@ -215,6 +217,7 @@ class Ticket:
         self._carrying = self._found_inf = None
         self._round += 1
         self.carried.clear()
+        self.carriers.clear()
         self._version_at_tick.clear()
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
@@ -271,6 +274,7 @@ class Ticket:
         if self._carrying != id(optimizer):
             return
         self._carrying = None
+        self.carriers.add(id(optimizer))
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler, likewise; reading it would synchronise
         if found_inf is None:
             self.update_pending = self._ever_carried = True
