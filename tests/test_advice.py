@@ -197,13 +197,18 @@ def test_says_where_adam_comes_to_rest(make_optimizer, gradients, updates):
     assert left < 0.1
 
 
+def test_no_more_is_left_than_there_was():
+    _, [(message, _)] = shrunk_by(torch.optim.Adam, 40, mean=0.03, lr=0.01, max_penalty=1e-3)
+    assert number(message, "at about ", "%") <= 100 * 2**0.5
+
+
 @pytest.mark.parametrize(
     ("updates", "options"),
     [
         (500, {"noise": 1e-3}),  # Adam's second moments hold the penalty's squares
         (2000, {"noise": 1e-4, "lr": 1e-3, "schedule": lambda progress: 1.0}),  # and those of weights that are gone
         (2000, {"noise": 1e-4, "lr": 1e-3, "hold": 1999}),
-        (4000, {"noise": 0.03, "lr": 3e-4, "hold": 1000}),  # noise that is as large as the penalty at its ceiling
+        (3000, {"noise": 0.03, "lr": 3e-4, "hold": 1000, "max_penalty": 0.4}),  # noise larger than the penalty ever is
     ],
     ids=["penalty", "from the start", "held from the start", "noise"],
 )
