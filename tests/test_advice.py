@@ -232,8 +232,8 @@ def test_outliers_are_what_is_out_of_reach():
 
 @pytest.mark.parametrize(
     ("updates", "options"),
-    [(20, {"lr": 0.0}), (1, {}), (20, {"cycles": 10}), (20, {"cycles": 30})],
-    ids=["no rate", "one update", "ten cycles", "thirty cycles"],
+    [(20, {"lr": 0.0}), (1, {}), (20, {"cycles": 10}), (20, {"cycles": 30}), (20, {"schedule": lambda progress: -1.0})],
+    ids=["no rate", "one update", "ten cycles", "thirty cycles", "a penalty that pushes away"],
 )
 def test_where_there_is_nothing_to_say(updates, options):
     assert shrunk_by(torch.optim.Adam, updates, 1e-6, max_penalty=10.0, **{"lr": 0.01, **options})[1] == []

@@ -48,7 +48,7 @@ class Advice:
             penalties = [self._timeline.penalty(tick) for tick in range(self._timeline.ticks_per_cycle)]
         except Exception:  # of a schedule of the user's own, which step() will let through when it comes to that
             return
-        if max(penalties) == 0:
+        if max(penalties) <= 0:
             return
         for optimizer, members in ticket.members.items():
             if id(optimizer) not in ticket.carriers:
@@ -171,15 +171,14 @@ def _take_samples(held: Held, optimizer: Optimizer, penalties: Sequence[float], 
     samples = []
     updates = len(penalties) - ticks
     for hold, parameter, group in held:
-        state, lr = optimizer.state.get(parameter, {}), group["lr"]
-        if isinstance(lr, Tensor) or not _is_known(local(parameter), state):
+        state, lr, betas = optimizer.state.get(parameter, {}), group["lr"], group["betas"]
+        if any(isinstance(number, Tensor) for number in (lr, *betas)) or not _is_known(local(parameter), state):
             continue
         lr = max(lr, group.get("initial_lr", 0.0))  # it may be in its warm-up
         is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         decay = 0.0 if is_decoupled else group["weight_decay"]
         if lr > 0 and updates > 0:
-            betas, reach = group["betas"], lr * updates
-            statistics = _statistics(hold, parameter, state, betas, penalties[ticks - 1] + decay, reach)
+            statistics = _statistics(hold, parameter, state, betas, penalties[ticks - 1] + decay, lr * updates)
             noise_in_mean = (1 - betas[0]) / (1 + betas[0])
             facts = (hold.mask.pruned_weights, lr, updates, max(penalties) + decay, noise_in_mean)
             samples.append(_Sample(*facts, Reading(statistics)))
