@@ -78,22 +78,49 @@ def test_says_that_the_masked_weights_will_diverge():
     _, _, [(tick, message, _)] = train(20, steps=100, max_penalty=40.0, optimizer_options=options)
     assert tick == 10
     assert "the masked weights will diverge" in message
-    assert "2·(1 + momentum) = 3.8. Lower max_penalty to less than 38." in message
+    assert "must stay below 3.8, what this SGD bears. Lower max_penalty to less than 38, unless" in message
 
 
-@pytest.mark.parametrize(("max_penalty", "diverges"), [(36.0, False), (40.0, True)])
-def test_the_limit_is_where_it_diverges(max_penalty, diverges):
+@pytest.mark.parametrize(
+    ("options", "max_penalty", "diverges"),
+    [
+        ({}, 36.0, False),
+        ({}, 40.0, True),
+        ({"nesterov": True}, 13.0, False),
+        ({"nesterov": True}, 14.2, True),
+        ({"dampening": 0.5}, 74.0, False),
+        ({"dampening": 0.5}, 78.0, True),
+        ({"momentum": 0.0, "dampening": 0.5}, 19.0, False),
+        ({"momentum": 0.0, "dampening": 0.5}, 21.0, True),
+    ],
+)
+def test_the_limit_is_where_it_diverges(options, max_penalty, diverges):
     layer = torch.nn.Linear(20, 20, bias=False, dtype=torch.float64)
     rst = RSTScheduler(layer, sparsity=0.8, seed=0, steps=1, hold=400, max_penalty=max_penalty)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), **{"lr": 0.1, "momentum": 0.9, **options})
+    messages = []
     for _ in range(400):
         layer.weight.grad = torch.zeros_like(layer.weight)
         optimizer.step()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*will diverge")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
             rst.step()
+        messages += [str(warning.message) for warning in found]
     largest = float(layer.weight.detach()[~rst.masks["weight"]].abs().max())
     assert (largest > 1e3) == diverges
+    assert ["will diverge" in message for message in messages] == [True] * diverges
+
+
+def test_a_scalar_parameter_under_adam_needs_no_rows():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    rst = RSTScheduler(model, sparsity=0.9, seed=0, steps=2, targets=((torch.nn.Module, "scale"),))
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(2):
+        model.scale.grad = torch.zeros(())
+        optimizer.step()
+        rst.step()
+    assert rst.done
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import random_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -525,3 +526,11 @@ def test_gradients_of_functions_of_the_parameters():
     outputs = torch.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(stacked, buffers)
     for output in outputs:
         assert torch.allclose(output, model(x), rtol=1e-12)
+
+
+def test_a_copy_made_in_inference_mode_evaluates():
+    model = make(mlp)
+    random_ticket(model, 0.5, seed=0)
+    x = torch.randn(2, *INPUT_SHAPES[mlp], dtype=torch.float64)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(model)(x), model(x))

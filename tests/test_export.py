@@ -750,6 +750,22 @@ def test_a_file_that_was_sealed_but_makes_no_sense_is_refused(change, message, s
     assert message in str(error.value)
 
 
+def test_a_foreign_default_device_changes_nothing(tmp_path):
+    """As ``torch.set_default_device("cuda")`` makes new tensors elsewhere; nothing can be read from "meta"."""
+    model = make(mlp)
+    with torch.device("meta"):
+        rst = RSTScheduler(model, 0.8, steps=1)
+    loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
+    with torch.device("meta"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        rst.step()
+        finalize_quietly(rst)
+        save_ticket(rst, tmp_path / "ticket")
+        found = read_ticket(tmp_path / "ticket")
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value)
+
+
 # ---------------------------------------------------------------------- without safetensors
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import random_ticket
 
 
 @torch.no_grad()
@@ -188,3 +189,30 @@ def test_an_unfinished_schedule_is_named_as_the_reason(ticks, advice):
             rst.step()
     with pytest.warns(UserWarning, match=f"of the norm when they were set to zero.*{advice}"):
         rst.finalize()
+
+
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
+def test_an_evaluation_in_inference_mode_before_training_spoils_nothing(build):
+    """It draws the masks, which are turned about in place later."""
+    model = make(build)
+    rst = RSTScheduler(model, 0.7, steps=4, seed=0)
+    with torch.inference_mode():
+        rst.residual()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 4, INPUT_SHAPES[build])
+    finalize_quietly(rst)
+    for name, kept in rst.masks.items():
+        assert is_plus_zero(model.get_parameter(name).detach()[~kept])
+
+
+def test_what_had_no_gradient_is_left_as_it_is_for_backward():
+    """Two branches, whose graphs are both there before the first is updated."""
+    model = nn.ModuleList([nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 1)) for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ticket = random_ticket(model, 0.5, seed=0)
+    losses = [branch(torch.ones(4, 20)).square().mean() for branch in model]
+    for loss in losses:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, kept in ticket.masks.items():
+        assert is_plus_zero(model.get_parameter(name).detach()[~kept])

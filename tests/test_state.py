@@ -4,6 +4,7 @@ import copy
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, make, mlp, wide
@@ -245,3 +246,21 @@ def test_a_tick_before_weights_are_loaded():
     rst.step()  # warnings are errors
     train(model, optimizer, rst, 1, (12,))
     assert rst.progress == 1 / 6
+
+
+def test_a_finalised_state_needs_layers_to_hold():
+    model, optimizer, rst = begin()
+    train(model, optimizer, rst, 3, (12,))
+    _, rst_of_copy = copy.deepcopy((model, rst))
+    finalize_quietly(rst)
+    before = rst_of_copy.state_dict()
+    with pytest.raises(RuntimeError, match="holds no layer"):
+        rst_of_copy.load_state_dict(rst.state_dict())
+    assert rst_of_copy.phase == "transform"
+    assert rst_of_copy.state_dict() == before
+
+
+def test_numpy_integers_leave_a_state_that_can_be_saved():
+    model, optimizer, rst = begin(steps=np.int64(3), hold=np.int64(1))
+    train(model, optimizer, rst, 6, (12,))
+    assert json.loads(json.dumps(rst.state_dict())) == rst.state_dict()

@@ -6,6 +6,7 @@ import copy
 import gc
 import sys
 import threading
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -190,3 +191,50 @@ def test_an_update_while_a_copy_is_in_the_making():
     for name, value in finalized.named_parameters():
         if name.endswith("weight"):
             assert torch.equal(duplicate.get_parameter(name) == 0, value == 0)
+
+
+def test_a_closure_in_one_thread_takes_nothing_from_another():
+    """The closure of one step is running at every moment at which the other begins or ends one."""
+
+    def life() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        layer = nn.Linear(20, 20, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(20, 20, generator=generator))
+            layer.bias.zero_()
+        x = torch.randn(64, 20, generator=generator, dtype=torch.float64)
+        optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1, max_iter=5)
+        rst = RSTScheduler(layer, 0.5, steps=10, seed=0, max_penalty=5)
+        for _ in range(10):
+            optimizer.step(closure(layer, optimizer, x, 0.002))
+            rst.step()
+        return layer.weight.detach().clone()
+
+    def closure(layer: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, pause: float) -> Callable[[], Any]:
+        def evaluate() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (layer(x) - 1).square().mean()
+            loss.backward()
+            time.sleep(pause)
+            return loss
+
+        return evaluate
+
+    def others() -> None:
+        layer = nn.Linear(5, 5)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+        rst = RSTScheduler(layer, 0.5, steps=10**6, seed=1)
+        while not stop.is_set():
+            optimizer.step(closure(layer, optimizer, torch.ones(2, 5), 0.003))
+            rst.step()
+
+    alone = life()
+    stop = threading.Event()
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        beside = life()
+    finally:
+        stop.set()
+        thread.join()
+    assert torch.equal(alone, beside)

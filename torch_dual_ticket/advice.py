@@ -56,7 +56,7 @@ class Advice:
             if isinstance(optimizer, SGD):
                 for group in {id(group): group for _, _, group in members.held}.values():
                     if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
-                        self._messages += _about_sgd(group["lr"], group["momentum"], group["dampening"], penalties)
+                        self._messages += _about_sgd(group, penalties)
             elif isinstance(optimizer, (Adam, AdamW)):
                 self._expected += _take_samples(members.held, optimizer, penalties, ticks)
 
@@ -70,14 +70,20 @@ class Advice:
             warnings.warn(message, stacklevel=3)
 
 
-def _about_sgd(lr: float, momentum: float, dampening: float, penalties: Sequence[float]) -> list[str]:
-    """What shrinks a weight under SGD is Σ lr·λ / (1 - momentum); and it diverges where lr·λ is 2·(1 + momentum)."""
-    ceiling, limit = max(penalties), 2 * (1 + momentum)
+def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float]) -> list[str]:
+    """What shrinks a weight under SGD is Σ lr·λ / (1 - momentum); and it diverges where lr·λ is 2·(1 + momentum).
+
+    Dampening d makes that 2·(1 + momentum) / (1 - d), Nesterov's momentum 2·(1 + momentum) / (1 + 2·momentum): there
+    the update's characteristic polynomial has a root of -1.
+    """
+    lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"] if group["momentum"] else 0.0
+    ceiling, taken = max(penalties), 1 + 2 * momentum if group["nesterov"] else 1 - dampening
     what = f"with lr={lr:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
-    if lr * ceiling >= limit:
+    if lr * ceiling * taken >= 2 * (1 + momentum):
+        limit = 2 * (1 + momentum) / taken
         return [
-            f"{what}, the masked weights will diverge: lr times penalty must stay below 2·(1 + momentum) = {limit:g}."
-            f" Lower max_penalty to less than {limit / lr:.3g}."
+            f"{what}, the masked weights will diverge: lr times penalty must stay below {limit:g}, what this SGD bears."
+            f" Lower max_penalty to less than {limit / lr:.3g}, unless lr falls before the penalty is there."
         ]
     shrinks_by = lr * sum(penalties) * (1 - dampening) / (1 - momentum)
     if 0 < shrinks_by < -math.log(_LEFT):
@@ -191,6 +197,7 @@ def _is_known(weight: Tensor, state: Mapping[str, Any]) -> bool:
         weight.device.type in ("cpu", "cuda")
         and weight.is_floating_point()
         and weight.numel() > 0
+        and weight.dim() > 0  # there are no rows to take samples of
         and "step" in state
         and all(
             name in state and local(state[name]).shape == weight.shape and state[name].device == weight.device

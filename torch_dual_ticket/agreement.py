@@ -32,7 +32,7 @@ def agree_on_seed(seed: int | None, plan: Plan, model: nn.Module, timeline: Time
         RuntimeError: on all ranks, if they were given different seeds or schedules, or prune a parameter of the same
             name and shape differently.
     """
-    mine = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
+    mine = int(torch.randint(2**63 - 1, (), device="cpu").item()) if seed is None else seed
     if world_size() == 1:
         return mine
     everyone: list[Any] = [None] * world_size()

@@ -68,13 +68,18 @@ def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
                 )
 
 
-def check_trained(ticket: Ticket, ticks: int) -> None:
-    """There is something to finalise: layers in hand and in reach, and an update that carried the penalty."""
+def check_holds(ticket: Ticket) -> None:
+    """There is something to finalise."""
     if not ticket.holds:
         raise RuntimeError(
             "this scheduler holds no layer: it was removed, or it is a copy made during the transformation, or all its"
             " layers were replaced. Build a new RSTScheduler on the model."
         )
+
+
+def check_trained(ticket: Ticket, ticks: int) -> None:
+    """There is something to finalise, in hand and in reach, and an update carried the penalty."""
+    check_holds(ticket)
     if not (ticks or ticket.has_ever_carried()):
         raise RuntimeError(
             "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with an"

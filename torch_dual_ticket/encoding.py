@@ -129,14 +129,15 @@ def _check_zeros(value: Tensor, kept: Tensor, key: str, mask: str) -> None:
 
 def _plain_copy(value: Tensor) -> Tensor:
     """On the CPU, contiguous, with memory of its own, and real: safetensors knows one complex dtype of three."""
-    copy = torch.empty(value.shape, dtype=value.dtype).copy_(value)
+    copy = torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value)
     return torch.view_as_real(copy) if copy.is_complex() else copy
 
 
 def _scatter(values: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros with the values at the kept places. As integers: no NaN loses its payload, and every dtype can be moved."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return torch.zeros(shape, dtype=integers).masked_scatter_(kept, values.view(integers)).view(values.dtype)
+    zeros = torch.zeros(shape, dtype=integers, device=values.device)
+    return zeros.masked_scatter_(kept, values.view(integers)).view(values.dtype)
 
 
 def _spec(fields: dict[str, Any]) -> MaskSpec:

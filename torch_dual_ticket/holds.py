@@ -281,7 +281,9 @@ class ActiveHold(Hold):
 def _stamp(parameter: Tensor) -> tuple[int, int, int]:
     """Changes with the parameter, its memory and its values; ``.data = …`` changes the memory alone."""
     if type(parameter) is nn.Parameter:
-        return parameter._cdata, parameter.data_ptr(), parameter._version
+        # What inference mode has made counts no versions: its changes outside optimizers go unseen.
+        counted = -1 if parameter.is_inference() else parameter._version
+        return parameter._cdata, parameter.data_ptr(), counted
     return parameter._cdata, local(parameter).data_ptr(), version(parameter)
 
 

@@ -104,7 +104,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     with torch.no_grad():
         for _, held in _held(optimizer, enforcing=True):
             for hold, parameter, _ in held:
-                hold.zero(parameter)
+                # What had no gradient was not updated; and backward() may still need it as it is.
+                if parameter.grad is not None or not hold.is_clean(parameter):
+                    hold.zero(parameter)
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,7 +142,7 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
                 for hold, parameter, _ in held:
                     if not hold.is_clean(parameter):
                         hold.zero(parameter)
-        with _evaluation() as done:
+        with _evaluation(optimizer) as done:
             loss = closure()
         with torch.no_grad():
             for ticket, held in _penalised(optimizer):
@@ -153,12 +155,13 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
 
 
 @contextmanager
-def _evaluation() -> Iterator[dict[Ticket, set[str]]]:
+def _evaluation(optimizer: Optimizer) -> Iterator[dict[Ticket, set[str]]]:
     """What each ticket penalises within: by the closure of a step around this one, which hands it down to this one.
 
-    It may have changed or replaced the gradients since, as steps that call the one they inherit do.
+    It may have changed or replaced the gradients since, as steps that call the one they inherit do. Tickets that have
+    nothing in this optimizer are left alone: another thread may be training them.
     """
-    before = {ticket: ticket.carried for ref in _tickets if (ticket := ref()) is not None}
+    before = {ticket: ticket.carried for ticket, _ in _held(optimizer, enforcing=False)}
     within: dict[Ticket, set[str]] = {}
     for ticket in before:
         ticket.carried = set()

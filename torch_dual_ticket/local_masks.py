@@ -49,8 +49,9 @@ class LocalMask:
         if self._drawn is not None and self._drawn_for == key:
             return self._drawn
         self._check_shape(parameter, weight)
-        kept = self._mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-        formed = self._formed(kept, weight)
+        with torch.inference_mode(False):  # a mask that is kept outlives an evaluation in inference mode
+            kept = self._mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
+            formed = self._formed(kept, weight)
         if self.is_stored_for(weight):
             self._drawn, self._drawn_for = formed, key
         return formed
@@ -96,7 +97,8 @@ class LocalMask:
         elif self._drawn.dtype is torch.uint8:
             self._drawn.bitwise_xor_(1)  # 1 stood for masked until now
         else:
-            self._drawn = self._formed(self._drawn == 0, weight)
+            with torch.inference_mode(False):
+                self._drawn = self._formed(self._drawn == 0, weight)
 
     def _formed(self, kept: Tensor, weight: Tensor) -> Tensor:
         """Of a bool tensor that nobody else has: where it can, the result takes its memory."""

@@ -23,7 +23,7 @@ class Reading:
         if tensor.device.type != "cuda":
             self.values = tensor.clone()
             return
-        self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # else the copy would wait
+        self.values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)  # else it would wait
         self.values.copy_(tensor, non_blocking=True)
         self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrival.record(torch.cuda.current_stream(tensor.device))

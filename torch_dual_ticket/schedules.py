@@ -110,9 +110,8 @@ class Timeline:
     schedule: Callable[[float], float]
 
     def __post_init__(self) -> None:
-        check_integer("steps", self.steps, at_least=1)
-        check_integer("hold", self.hold, at_least=0)
-        check_integer("cycles", self.cycles, at_least=1)
+        for name, least in (("steps", 1), ("hold", 0), ("cycles", 1)):  # plain integers, so that a state can be saved
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), at_least=least))
         if isinstance(self.max_penalty, bool) or not isinstance(self.max_penalty, Real):
             kind = type(self.max_penalty).__name__
             raise TypeError(f"max_penalty must be a finite number of at least 0, got {self.max_penalty!r} (a {kind})")

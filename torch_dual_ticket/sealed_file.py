@@ -42,7 +42,7 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], description:
     library = _safetensors()
     for dtype in {tensor.dtype for tensor in tensors.values()}:
         try:
-            library.load(library.save({"": torch.empty(0, dtype=dtype)}))
+            library.load(library.save({"": torch.empty(0, dtype=dtype, device="cpu")}))
         except KeyError:
             name = next(name for name, tensor in tensors.items() if tensor.dtype is dtype)
             raise ValueError(f"{name} has dtype {dtype}, which safetensors cannot hold") from None

@@ -38,7 +38,7 @@ class GradientWatch:
     def over(self, parameter: Tensor) -> None:
         """Mask the gradients of this parameter from now on, and the one that is there already, under ``no_grad``."""
         hold = self._hold()
-        if hold is None:
+        if hold is None or parameter.is_inference():  # the latter never has a gradient
             return
         if is_offloaded(parameter):  # its gradient may still be on the way when FSDP2 calls the hooks
             hold.mask_gradient(parameter)
