@@ -100,8 +100,8 @@ def generator_unchanged_on_error() -> Iterator[None]:
         raise
 
 
-def check_state(state: Mapping[str, Any]) -> tuple[int, bool, str, int]:
-    """Ticks, pending, phase and seed of a state of an RSTScheduler."""
+def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int]:
+    """Ticks, pending, phase and seed of a state of an RSTScheduler, which the ticket can go on from."""
     fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
     try:
         values = {name: state[name] for name in fields}
@@ -116,6 +116,8 @@ def check_state(state: Mapping[str, Any]) -> tuple[int, bool, str, int]:
         raise ValueError(f"a damaged state_dict() of an RSTScheduler, with {listed}. Load it as it was saved.")
     if state["version"] != STATE_VERSION:
         raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
+    if state["phase"] == "finetune":
+        check_holds(ticket)
     return state["ticks"], state["update_pending"], state["phase"], state["seed"]
 
 

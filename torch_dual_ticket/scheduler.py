@@ -296,15 +296,12 @@ class RSTScheduler:
 
         Raises:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
-            RuntimeError: the state is of a finalised ticket, and this scheduler holds no layer.
+            RuntimeError: a finalised state, but this scheduler holds no layer.
         """
-        (ticks, pending, phase, seed), ticket = arguments.check_state(state), self._ticket
+        (ticks, pending, phase, seed), ticket = arguments.check_state(state, self._ticket), self._ticket
         # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
-        adopts = not (self._seed_is_given or self._ticks or ticket.enforcing)
-        mine = seed if adopts else self.seed
+        mine = self.seed if self._seed_is_given or self._ticks or ticket.enforcing else seed
         arguments.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
-        if phase == "finetune":
-            arguments.check_holds(ticket)
         self.seed = seed
         self._ticks = min(ticks, self._timeline.ticks)
         ticket.resume(pending)
