@@ -216,3 +216,31 @@ def test_what_had_no_gradient_is_left_as_it_is_for_backward():
         optimizer.step()
     for name, kept in ticket.masks.items():
         assert is_plus_zero(model.get_parameter(name).detach()[~kept])
+
+
+class _FreesGradients(torch.optim.Optimizer):
+    """Writes to ``.data``, which changes no version counter, and drops each gradient as it goes."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter.data))
+                momentum.mul_(0.9).add_(parameter.grad)
+                parameter.data.add_(momentum, alpha=-0.05)
+                parameter.grad = None
+
+
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
+def test_zeros_stay_under_an_optimizer_that_writes_to_data_and_frees_gradients(build):
+    model = make(build)
+    optimizer = _FreesGradients(model.parameters())
+    rst = RSTScheduler(model, 0.7, steps=4, seed=0)
+    train(model, optimizer, rst, 4, INPUT_SHAPES[build])
+    finalize_quietly(rst)
+    for index in range(3):
+        train(model, optimizer, rst, 1, INPUT_SHAPES[build], start=index)
+        for name, kept in rst.masks.items():
+            assert is_plus_zero(model.get_parameter(name).detach()[~kept])

@@ -124,10 +124,13 @@ class Hold(prune.BasePruningMethod):
         self._renew_local_mask()
         self.watch.stop()
 
-    def zero(self, parameter: Tensor) -> None:
-        """Set the masked weights to zero. Call it under ``no_grad``."""
+    def zero(self, parameter: Tensor, *, counted: bool = True) -> None:
+        """Set the masked weights to zero. Call it under ``no_grad``.
+
+        If not ``counted``, backward() takes no offence at it: right where they should be zero already.
+        """
         weight = local(parameter)
-        self._clear(weight, parameter, weight)
+        self._clear(weight if counted else weight.data, parameter, weight)
         self.ticket.zeroed[self.name] = _stamp(parameter), parameter if is_sharded(parameter) else None
 
     def is_clean(self, parameter: Tensor) -> bool:

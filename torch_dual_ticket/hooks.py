@@ -104,9 +104,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     with torch.no_grad():
         for _, held in _held(optimizer, enforcing=True):
             for hold, parameter, _ in held:
-                # What had no gradient was not updated; and backward() may still need it as it is.
-                if parameter.grad is not None or not hold.is_clean(parameter):
-                    hold.zero(parameter)
+                # Without a gradient it was hardly updated, and backward() may still need it; or the step was one that
+                # writes to .data, which nobody counts, and has freed the gradient.
+                hold.zero(parameter, counted=parameter.grad is not None or not hold.is_clean(parameter))
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
