@@ -222,7 +222,7 @@ def test_a_weight_with_several_places_is_worked_on_once_an_update(build, monkeyp
     for work in ("zero", "mask_gradient"):
         do = getattr(Hold, work)
         monkeypatch.setattr(
-            Hold, work, lambda hold, parameter, work=work, do=do: (worked_on.append(work), do(hold, parameter))
+            Hold, work, lambda *args, work=work, do=do, **kwargs: (worked_on.append(work), do(*args, **kwargs))
         )
 
     def update():

@@ -77,7 +77,7 @@ class History:
         >>> from torch_dual_ticket import RSTScheduler
         >>> model = nn.Sequential(nn.Linear(20, 500), nn.Tanh(), nn.Linear(500, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> rst = RSTScheduler(model, sparsity=0.9, exclude=["2"], steps=300, hold=200)
+        >>> rst = RSTScheduler(model, sparsity=0.9, exclude=["2"], steps=300, hold=200, max_penalty=5)
         >>> history = History(rst, every=200)
         >>> for _ in range(600):
         ...     x = torch.randn(32, 20)
@@ -90,10 +90,10 @@ class History:
         ...     history.record()
         >>> for record in history.records:
         ...     print(record.tick, record.phase, f"λ={record.penalty:.2f}, sparsity {record.sparsity:.0%}")
-        1 transform λ=0.01, sparsity 90%
-        200 transform λ=0.67, sparsity 90%
-        400 transform λ=1.00, sparsity 90%
-        500 transform λ=1.00, sparsity 90%
+        1 transform λ=0.03, sparsity 90%
+        200 transform λ=3.35, sparsity 90%
+        400 transform λ=5.00, sparsity 90%
+        500 transform λ=5.00, sparsity 90%
         500 finetune λ=0.00, sparsity 90%
         600 finetune λ=0.00, sparsity 90%
     """
