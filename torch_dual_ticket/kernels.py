@@ -2,8 +2,8 @@
 
 Masks are uint8 (1 or 0), laid out in memory as the weight is. On the CPU large tensors are walked in chunks, through a
 buffer that stays in cache and into which a chunk of the mask is widened: an operation on two dtypes would make that
-copy in main memory. Accelerators convert within the kernel. Small tensors come with a mask of their own dtype, where
-the cost is in the calls, not in the traffic.
+copy in main memory. What is no larger than a chunk is left to such an operation. Accelerators convert within the
+kernel. Small tensors come with a mask of their own dtype, where the cost is in the calls, not in the traffic.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def add_scaled_(
             alike[0].append(grad)
             alike[1].append(weight)
             alike[2].append(mask)
+        elif weight.numel() <= CHUNK and _on_cpu(weight):
+            grad.addcmul_(weight, mask.to(weight.dtype), value=factor)
         else:
             for grad_part, weight_part, mask_part in _widened(grad, weight, mask):
                 grad_part.addcmul_(weight_part, mask_part, value=factor)
@@ -59,8 +61,12 @@ def clear_(tensor: Tensor, mask: Tensor) -> None:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
         mask = mask.unsqueeze(-1).expand(tensor.shape)
-    for bits, kept in _widened(tensor.view(_INTEGER_OF_SIZE[tensor.itemsize]), mask):
-        bits.mul_(kept)
+    bits = tensor.view(_INTEGER_OF_SIZE[tensor.itemsize])
+    if bits.numel() <= CHUNK:
+        bits.mul_(mask)
+        return
+    for part, kept in _widened(bits, mask):
+        part.mul_(kept)
 
 
 def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,4 +115,4 @@ def _chunks(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
