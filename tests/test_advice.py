@@ -114,7 +114,8 @@ def test_the_limit_is_where_it_diverges(options, max_penalty, diverges):
 def test_a_scalar_parameter_under_adam_needs_no_rows():
     model = torch.nn.Module()
     model.scale = torch.nn.Parameter(torch.ones(()))
-    rst = RSTScheduler(model, sparsity=0.9, seed=0, steps=2, targets=((torch.nn.Module, "scale"),))
+    with pytest.warns(UserWarning, match="rounds to all 1 units of scale"):
+        rst = RSTScheduler(model, sparsity=0.9, seed=0, steps=2, targets=((torch.nn.Module, "scale"),))
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(2):
         model.scale.grad = torch.zeros(())
@@ -445,3 +446,40 @@ def test_a_reading_is_of_the_moment_that_it_was_made_at():
     reading = Reading(numbers)
     numbers += 1
     assert reading.values.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_tick_for_several_updates(make_optimizer):
+    """What a tenth of the updates could not do is done where ten of them share a tick."""
+
+    def said(updates_per_tick, max_penalty):
+        layer, rst = small_ticket(max_penalty=max_penalty)
+        optimizer = make_optimizer(layer.parameters(), lr=2e-2 if make_optimizer is torch.optim.SGD else 1e-3)
+        caught = []
+        for update in range(60 * updates_per_tick):
+            layer.weight.grad = torch.zeros_like(layer.weight)
+            optimizer.step()
+            if update % updates_per_tick == updates_per_tick - 1:
+                caught += warnings_of(rst)
+        return [message for message, _ in caught]
+
+    assert said(10, 1.0) == []
+    assert len(said(1, 1.0)) == 1
+    weak = said(10, 0.1)
+    if make_optimizer is torch.optim.SGD:
+        left = math.exp(-10 * 2e-2 * 0.1 * sum(range(1, 101)) / 100)
+        assert f"1,000 updates will leave about {left:.0%}" in weak[0]
+
+
+@pytest.mark.parametrize(("make_optimizer", "highest"), [(torch.optim.SGD, 0.2), (torch.optim.Adam, 0.02)])
+def test_a_rate_that_rises_for_longer_than_a_tenth(make_optimizer, highest):
+    layer, rst = small_ticket()
+    optimizer = make_optimizer(layer.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=300, cycle_momentum=False)
+    caught = []
+    for _ in range(60):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+        schedule.step()
+        caught += warnings_of(rst)
+    assert caught == []

@@ -260,6 +260,7 @@ CONSTRUCTIONS = {
 
 @pytest.mark.parametrize("case", CONSTRUCTIONS)
 @pytest.mark.parametrize("seed", [None, 0], ids=["drawn", "seeded"])
+@pytest.mark.filterwarnings("ignore:.*rounds to all")
 def test_construction_refuses_and_changes_nothing(case, seed):
     build, arguments, error, message = CONSTRUCTIONS[case]
     model = build()

@@ -31,6 +31,34 @@ def test_clipping(clipping, build):
     assert_same_life(train, build)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("when", ["from the start", "later"])
+@pytest.mark.filterwarnings("ignore:Profiler", "ignore:`torch.jit", "ignore::DeprecationWarning:torch")
+def test_clipping_in_a_hook_of_the_optimizer(when, compiled):
+    """The penalty comes after it here too, although torch runs hooks for all optimizers before those of one."""
+
+    def train(model, side):
+        def clip(*_):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+        torch.compiler.reset()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for index in updates(side):
+            if index == (0 if when == "from the start" else 3) and not side.by_hand:
+                optimizer.register_step_pre_hook(clip)
+            optimizer.zero_grad()
+            loss_of(model, index, INPUT_SHAPES[mlp]).backward()
+            side.after_backward()
+            if side.by_hand and (index >= 3 or when == "from the start"):
+                clip()
+            side.before_update()
+            step()
+            side.after_update()
+
+    assert_same_life(train)
+
+
 def test_clipping_before_the_first_step_of_a_finalised_model():
     """No hook of an optimizer has run yet; that of the parameter has."""
 

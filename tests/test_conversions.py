@@ -242,6 +242,53 @@ def test_a_layer_that_is_not_in_the_model_any_more(change, noticed_by):
     assert_holds_zeros(model, rst)
 
 
+@pytest.mark.parametrize("change", [replace, drop])
+def test_a_layer_that_is_out_of_the_model_but_still_referenced(change):
+    """An optimizer's closure, a list of layers, an old copy of the head: finalize() looks into the model itself."""
+    model = network()
+    rst = hold(model)
+    transformed(model, rst)
+    old = model[4]
+    change(model)
+    with pytest.warns(UserWarning, match=r"^4\.weight will not be pruned any more"):
+        finalize_quietly(rst)
+    assert [layer.name for layer in rst.finalize().layers] == ["0.weight", "2.weight"]
+    assert not old._forward_pre_hooks
+    assert (old.weight != 0).all()
+
+
+def test_everything_is_out_of_the_model_but_still_referenced():
+    model = network()
+    rst = hold(model)
+    transformed(model, rst)
+    old = list(model)
+    for index in range(5):
+        model[index] = nn.Identity()
+    with (
+        pytest.warns(UserWarning, match="will not be pruned any more"),
+        pytest.raises(RuntimeError, match="holds no layer"),
+    ):
+        rst.finalize()
+    assert all((layer.weight != 0).all() for layer in old[::2])
+
+
+def test_weights_that_are_tied_while_they_are_held():
+    model = network()
+    rst = hold(model)
+    transformed(model, rst)
+    model[2].weight = model[0].weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"^0\.weight and 2\.weight were tied after .* prune\.remove\(layer, 'weight"
+    ):
+        rst.finalize()
+    assert rst.phase == "transform"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    prune.remove(model[2], "weight")
+    finalize_quietly(rst)
+    assert torch.equal(model[2].weight != 0, rst.masks["0.weight"])
+
+
 def test_all_layers_replaced():
     model = network()
     rst = hold(model)

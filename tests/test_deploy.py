@@ -138,6 +138,44 @@ def test_csr_where_it_gains_only():
 
 
 @needs_mkl
+@pytest.mark.parametrize("convert_first", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_csr_layers_of_a_transformer_are_kept_off_its_fast_path(convert_first):
+    """In evaluation it would read the weights of these layers, and hand them to one kernel for dense ones."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(512, 4, dim_feedforward=512, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    random_ticket(model, {"layers.0.linear*" if convert_first else "layers.1.linear*": 0.95}, seed=0)
+    fast = to_csr(model)
+    assert sum(isinstance(part, CSRLinear) for part in fast.modules()) == 2
+    x, padding = torch.randn(2, 5, 512), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for options in ({}, {"src_key_padding_mask": padding}):
+        with torch.no_grad():
+            mine, theirs = fast(x, **options), model(x, **options)
+        torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine[1, :3], theirs[1, :3], rtol=1e-4, atol=1e-5)
+
+
+@needs_mkl
+def test_csr_of_a_layer_that_stands_in_two_places():
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512)
+    random_ticket(layer, 0.95, seed=0)
+    fast = to_csr(nn.Sequential(layer, nn.ReLU(), layer))
+    assert isinstance(fast[0], CSRLinear)
+    assert fast[0] is fast[2]
+
+
+@needs_mkl
+def test_the_weight_of_a_csr_layer_can_be_read():
+    model = mlp()
+    finished(model, 0.9, exclude=["4"])
+    weight = to_csr(model)[0].weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), (512, 512))
+    assert torch.equal(weight.to_dense(), model[0].weight)
+
+
+@needs_mkl
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -98,6 +98,32 @@ def test_an_average_begun_after_finalize_holds_the_zeros(kind):
     assert_same(average, reference)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:Profiler", "ignore:`torch.jit", "ignore::DeprecationWarning:torch")
+def test_an_average_that_a_hook_of_the_optimizer_updates_never_sees_masked_weights(compiled):
+    """torch runs the hooks of one optimizer before those for all."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.7, steps=2, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    torch.compiler.reset()
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    seen = []
+    for index in range(8):
+        if index == 3:
+            finalize_quietly(rst)
+            optimizer.register_step_post_hook(
+                lambda *_: seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            )
+        optimizer.zero_grad()
+        loss_of(model, index, INPUT_SHAPES[mlp]).backward()
+        step()
+        rst.step()
+    assert len(seen) == 5
+    for weights in seen:
+        for name, kept in rst.masks.items():
+            assert torch.equal(weights[name] != 0, kept)
+
+
 def test_the_model_lives_as_it_does_without_an_average():
     assert_same(lives(mlp, "ema", begin=0)[0], lives(mlp, "ema", begin=99)[0], 0)
 
@@ -132,6 +158,16 @@ def test_an_average_kept_in_a_dictionary_is_masked_when_it_is_tried_on_the_final
     model(x)
     for name, value in model.named_parameters():
         assert torch.equal(value, stored[name])
+
+
+def test_an_average_that_is_written_past_the_version_counter_needs_apply_masks():
+    """torch_ema's copy_to() writes to ``.data``: no forward can tell that anything has changed."""
+    model, rst, _, reference = lives(mlp, "ema", begin=4)
+    for name, value in model.named_parameters():
+        value.data.copy_(reference.module.get_parameter(name).data)
+    rst.apply_masks(model)
+    apply_by_hand(reference.module, rst.masks)
+    assert_same(model, reference.module)
 
 
 def test_an_average_of_a_compiled_model_has_the_names_of_the_model_inside():

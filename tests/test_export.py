@@ -128,6 +128,7 @@ def test_every_bit_comes_back(pattern, sparsity, dtype, path):
     sparsity=st.floats(0.3, 0.99),
 )
 @example(sizes=[9, 6], name="one kept weight, a NaN", dtype=torch.float16, seed=237, sparsity=0.988)
+@pytest.mark.filterwarnings("ignore:.*rounds to all")
 def test_any_shapes_names_and_seeds(sizes, name, dtype, seed, sparsity, path):
     layers = {f"{name}{i}": nn.Linear(a, b) for i, (a, b) in enumerate(pairwise(sizes))}
     model = nn.ModuleDict(layers | {"zz": nn.Linear(10, 10)}).to(dtype)

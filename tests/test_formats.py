@@ -288,6 +288,7 @@ class Tempered(nn.Module):
         return self.layer(x) * (1 + self.weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*rounds to all")
 def test_a_weight_without_dimensions():
     """One number, in a type of the user's own."""
     model, average = make(Tempered), make(Tempered)

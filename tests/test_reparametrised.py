@@ -101,6 +101,7 @@ def test_stock_prune_is_refused_and_leaves_the_hooks_in_their_order(norm):
         (None, (2, 3), 0, True),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*rounds to all")
 def test_a_mask_that_would_empty_a_slice_is_refused(norm, dim, shape, left, is_refused):
     """Each slice along ``dim`` is divided by its norm, and there is not a weight left for each."""
     reparametrise, leaf = NORMS[norm]

@@ -10,6 +10,7 @@ from torch_dual_ticket import RSTScheduler
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("build", [mlp, cnn, transformer], ids=lambda build: build.__name__)
+@pytest.mark.filterwarnings("ignore:.*rounds to all")
 def test_masks_have_the_exact_counts(build, sparsity):
     model = make(build)
     rst = RSTScheduler(model, sparsity, seed=0)

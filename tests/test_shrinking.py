@@ -385,6 +385,7 @@ def test_a_weight_that_is_not_zero_at_all_stays_even_if_the_example_does_not_sho
         shrink(model, IMAGES)
 
 
+@pytest.mark.filterwarnings("ignore:.*rounds to all")
 def test_a_layer_keeps_one_channel():
     model = built(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
     random_ticket(model, 0.999, pattern="filter", exclude=["2"], seed=0)

@@ -106,3 +106,22 @@ def test_two_of_four_is_what_semi_structured_sparsity_accepts():
     for kept in rst.masks.values():
         assert (kept.view(-1, 4).sum(1) == 2).all()
     assert rst.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pattern": "channel", "sparsity": {"0": 0.9}},
+            r"rounds to all 3 units of 0\.weight: nothing goes through it",
+        ),
+        ({"sparsity": 0.999}, r"rounds to all 216 units of 0\.weight and of 1 more: nothing goes through"),
+        ({"sparsity": {"0": 0.999}, "cycles": 3}, r"rounds to all 216 units of 0\.weight: nothing goes through it"),
+    ],
+    ids=["the channels of an RGB image", "two layers", "the last cycle"],
+)
+def test_a_mask_that_empties_a_layer_is_not_drawn_without_a_word(settings, message):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 40, 3))
+    with pytest.warns(UserWarning, match=message) as seen:
+        RSTScheduler(model, seed=0, **settings)
+    assert seen[0].filename == __file__

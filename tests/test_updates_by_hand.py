@@ -167,7 +167,7 @@ def test_a_forgotten_penalty_is_noticed_at_once(name):
     rst = RSTScheduler(model, sparsity=0.5)
     train_forgetfully(model, optimizer, rst, 1)
     with pytest.warns(
-        UserWarning, match=r"0\.weight.* changed, but no update carried.*rst\.apply_penalty\(\)"
+        UserWarning, match=r"0\.weight.* changed, but no .* penalty: the updates come from .*rst\.apply_penalty\(\)"
     ) as caught:
         train_forgetfully(model, optimizer, rst, 1)
     assert caught[0].filename == __file__
@@ -182,7 +182,9 @@ def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
     model = make(mlp)
     optimizer = Momentum(model.parameters(), through_data=True)
     rst = RSTScheduler(model, sparsity=0.5)
-    with pytest.warns(UserWarning, match=r"step\(\) was called 100 times, but no update carried the penalty"):
+    with pytest.warns(
+        UserWarning, match=r"step\(\) was called 100 times, but no .*: if there were any, the updates come"
+    ):
         train_forgetfully(model, optimizer, rst, 100)
 
 
@@ -193,6 +195,18 @@ def test_an_optimizer_of_another_library_that_takes_over_is_noticed():
     train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 3)
     with pytest.warns(UserWarning, match=r"0\.weight.* changed, but no update carried the penalty"):
         train_forgetfully(model, Momentum(model.parameters()), rst, 3)
+
+
+def test_another_optimizer_than_the_one_that_was_given_is_noticed():
+    """It would not help to call apply_penalty() there."""
+    model = make(mlp)
+    given, used = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
+    rst = RSTScheduler(model, sparsity=0.5, optimizer=given)
+    with pytest.warns(
+        UserWarning, match=r"penalty: the updates are not those of the optimizer that was given"
+    ) as caught:
+        train_forgetfully(model, used, rst, 2)
+    assert "apply_penalty" not in str(caught[0].message)
 
 
 def test_a_layer_that_is_updated_elsewhere_is_noticed():
@@ -221,6 +235,32 @@ def test_zeros_without_apply_penalty_in_finetuning():
     loss_of(model, 0, SHAPE)
     for name, kept in rst.masks.items():
         assert (model.get_parameter(name)[~kept] == 0).all()
+
+
+def test_apply_penalty_with_a_layer_that_is_used_twice_in_one_graph():
+    """The zeros of the second forward are no change that would take the first one's weights from backward()."""
+
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.layer(self.layer(x.requires_grad_()).tanh())
+
+    def train(model, side):
+        optimizer = Momentum(model.parameters(), through_data=True)
+        for index in updates(side):
+            model.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+            optimizer.step()
+            side.after_update()
+        loss_of(model, 0, SHAPE)
+
+    assert_same_life(train, Repeated)
 
 
 def test_apply_penalty_puts_zeros_and_gradients_right_in_finetuning():

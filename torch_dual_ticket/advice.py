@@ -51,14 +51,15 @@ class Advice:
         if max(penalties) <= 0:
             return
         for optimizer, members in ticket.members.items():
-            if id(optimizer) not in ticket.carriers:
+            updates = ticket.carriers[id(optimizer)]  # in the last tick, which may be an epoch
+            if not updates:
                 continue
             if isinstance(optimizer, SGD):
                 for group in {id(group): group for _, _, group in members.held}.values():
                     if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
-                        self._messages += _about_sgd(group, penalties)
+                        self._messages += _about_sgd(group, penalties, updates)
             elif isinstance(optimizer, (Adam, AdamW)):
-                self._expected += _take_samples(members.held, optimizer, penalties, ticks)
+                self._expected += _take_samples(members.held, optimizer, penalties, ticks, updates)
 
     def speak(self) -> None:
         """Warn of what was seen; to be called when the tick is over."""
@@ -70,11 +71,11 @@ class Advice:
             warnings.warn(message, stacklevel=3)
 
 
-def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float]) -> list[str]:
+def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: int) -> list[str]:
     """What shrinks a weight under SGD is Σ lr·λ / (1 - momentum); and it diverges where lr·λ is 2·(1 + momentum).
 
     Dampening d makes that 2·(1 + momentum) / (1 - d), Nesterov's momentum 2·(1 + momentum) / (1 + 2·momentum): there
-    the update's characteristic polynomial has a root of -1.
+    the update's characteristic polynomial has a root of -1. ``updates`` are those of one tick.
     """
     lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"] if group["momentum"] else 0.0
     ceiling, taken = max(penalties), 1 + 2 * momentum if group["nesterov"] else 1 - dampening
@@ -85,11 +86,13 @@ def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float]) -> list[str
             f"{what}, the masked weights will diverge: lr times penalty must stay below {limit:g}, what this SGD bears."
             f" Lower max_penalty to less than {limit / lr:.3g}, unless lr falls before the penalty is there."
         ]
-    shrinks_by = lr * sum(penalties) * (1 - dampening) / (1 - momentum)
+    lr = _highest_rate(group)
+    what = f"with lr={lr:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
+    shrinks_by = updates * lr * sum(penalties) * (1 - dampening) / (1 - momentum)
     if 0 < shrinks_by < -math.log(_LEFT):
         return [
-            f"{what}, {len(penalties):,} updates will leave about {math.exp(-shrinks_by):.0%} of the masked weights,"
-            " and finalize() will take that away. Make steps, hold, max_penalty or lr larger, together"
+            f"{what}, {updates * len(penalties):,} updates will leave about {math.exp(-shrinks_by):.0%} of the masked"
+            " weights, and finalize() will take that away. Make steps, hold, max_penalty or lr larger, together"
             f" {-math.log(_LEFT) / shrinks_by:.2g} times."
         ]
     return []
@@ -123,6 +126,12 @@ def _about_adam(samples: Sequence[_Sample]) -> list[str]:
             f" that away. Make max_penalty {times:.2g} times larger."
         ]
     return []
+
+
+def _highest_rate(group: Mapping[str, Any]) -> float:
+    """The rate now may be that of a warm-up: torch's schedulers leave the one that follows it beside it."""
+    named = (group.get(name, 0.0) for name in ("initial_lr", "max_lr"))
+    return float(max([group["lr"], *(rate for rate in named if not isinstance(rate, Tensor))]))
 
 
 @dataclass(frozen=True)
@@ -172,15 +181,17 @@ class _Sample:
 
 
 @torch.no_grad()
-def _take_samples(held: Held, optimizer: Optimizer, penalties: Sequence[float], ticks: int) -> list[_Sample]:
+def _take_samples(
+    held: Held, optimizer: Optimizer, penalties: Sequence[float], ticks: int, updates_per_tick: int
+) -> list[_Sample]:
     """Nothing waits for a device here."""
     samples = []
-    updates = len(penalties) - ticks
+    updates = updates_per_tick * (len(penalties) - ticks)
     for hold, parameter, group in held:
         state, lr, betas = optimizer.state.get(parameter, {}), group["lr"], group["betas"]
         if any(isinstance(number, Tensor) for number in (lr, *betas)) or not _is_known(local(parameter), state):
             continue
-        lr = max(lr, group.get("initial_lr", 0.0))  # it may be in its warm-up
+        lr = _highest_rate(group)
         is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         decay = 0.0 if is_decoupled else group["weight_decay"]
         if lr > 0 and updates > 0:

@@ -86,7 +86,32 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
             " torch.optim.Optimizer's, call rst.apply_penalty() before each."
         )
+    _let_go_of_replaced(ticket)
     ticket.check_reachable()
+    check_holds(ticket)
+    _check_untied(ticket)
+
+
+def _let_go_of_replaced(ticket: Ticket) -> None:
+    """Layers that are no longer in the model, although something else still references them."""
+    model = ticket.model()
+    inside = set() if model is None else set(model.modules())
+    for hold in ticket.holds if inside else ():
+        if hold.layer() not in inside:
+            hold.detach()
+
+
+def _check_untied(ticket: Ticket) -> None:
+    """Each parameter has one mask."""
+    names: dict[int, str] = {}
+    for hold in ticket.primary_holds:
+        other = names.setdefault(id(hold.parameter()), hold.name)
+        if other != hold.name:
+            raise RuntimeError(
+                f"{other} and {hold.name} were tied after the scheduler was built, and have two masks. Tie them first;"
+                " or take one of the layers out of the scheduler's hands with"
+                f" prune.remove(layer, {hold.tensor_name!r})."
+            )
 
 
 @contextmanager

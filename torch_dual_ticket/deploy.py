@@ -145,12 +145,23 @@ def to_csr(model: nn.Module) -> nn.Module:
             f"no Linear layer of this {type(fast).__name__} would be faster as CSR: that takes {_LEAST_ZEROS:.0%} of"
             f" zeros in at least {_LEAST_WEIGHTS:,} weights, in float32 or float64 on the CPU. {_sparsest(layers)}"
         )
-    for name in sparse:
-        if name == "":
-            return CSRLinear(layers[name])
-        parent, _, attribute = name.rpartition(".")
-        setattr(fast.get_submodule(parent), attribute, CSRLinear(layers[name]))
-    return fast
+    converted: dict[nn.Module, nn.Module] = {layers[name]: CSRLinear(layers[name]) for name in sparse}
+    for module in list(fast.modules()):
+        for attribute, child in module._modules.items():  # a layer may stand in several places
+            if child in converted:
+                module._modules[attribute] = converted[child]
+    for module in fast.modules():
+        if any(isinstance(part, CSRLinear) for part in module.modules()):
+            _leave_fast_path(module)
+    return converted.get(fast, fast)
+
+
+def _leave_fast_path(module: nn.Module) -> None:
+    """Transformers would hand the weights of their layers to kernels for dense ones; these settings stop that."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+    elif isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
 
 
 class CSRLinear(nn.Module):
@@ -177,10 +188,15 @@ class CSRLinear(nn.Module):
         self.register_buffer("values", csr.values())
         self.register_buffer("bias", weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """In CSR format, as code that asks a layer for the dtype or device of its weight may read it."""
         # Made anew each time, which takes 3 µs: a tensor in CSR format cannot be deep-copied, nor loaded in place.
         parts = self.crow_indices, self.col_indices, self.values
-        weight = torch.sparse_csr_tensor(*parts, (self.out_features, self.in_features), check_invariants=False)
+        return torch.sparse_csr_tensor(*parts, (self.out_features, self.in_features), check_invariants=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
         rows = x.reshape(-1, self.in_features)
         if len(rows) == 1:
             result = torch.addmv(self.bias, weight, rows[0])

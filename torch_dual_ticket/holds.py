@@ -277,7 +277,7 @@ class ActiveHold(Hold):
             if not is_known and in_functional_call(sys._getframe(1)):
                 return
             with torch.no_grad():
-                self.zero(parameter)
+                self.zero(parameter, counted=not self.is_clean(parameter))  # or it is in a graph already
                 self.watch.over(parameter)
 
 

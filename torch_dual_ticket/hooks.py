@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
 _installed = False
+_NAME = "torch_dual_ticket"  # of our hooks among those of one optimizer
 _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__  # of the function that runs hooks around each step
 
 
@@ -44,7 +45,7 @@ def register(ticket: Ticket) -> None:
         _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
         if not _installed:
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
-            register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
+            register_optimizer_step_pre_hook(torch.compiler.disable(_before_all))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
             watch_collector()
             _installed = True
@@ -94,6 +95,24 @@ def _parts(optimizer: Optimizer) -> list[Optimizer]:
 
 def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:
     return optimizer is given or (given is not None and any(_is_part(optimizer, part) for part in _parts(given)))
+
+
+def _before_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Go between the step and the hooks that the optimizer has of its own, if it has any.
+
+    torch would run ours before a clipping that comes as its pre-hook, and after an average that comes as its post-hook.
+    """
+    before: Any = optimizer._optimizer_step_pre_hooks
+    after: Any = optimizer._optimizer_step_post_hooks
+    if after and next(iter(after)) != _NAME:
+        after[_NAME] = torch.compiler.disable(_after_step)  # type: ignore[no-untyped-call]
+        after.move_to_end(_NAME, last=False)
+    if not before:
+        return _before_step(optimizer, args, kwargs)
+    if next(reversed(before)) != _NAME:
+        before[_NAME] = torch.compiler.disable(_before_step)  # type: ignore[no-untyped-call]
+        before.move_to_end(_NAME)
+    return None
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,6 +81,14 @@ def make_plan(
         raise ValueError(
             f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units."
             " Give a higher sparsity."
+        )
+    emptied = [name for name, pruned in cycle_counts[-1].items() if pruned == units[name]]
+    if emptied:
+        others = f" and of {len(emptied) - 1} more" if emptied[1:] else ""
+        warnings.warn(
+            f"sparsity={sparsity!r} rounds to all {units[emptied[0]]} units of {emptied[0]}{others}: nothing goes"
+            " through it any more. Leave it dense with exclude, or give it a lower sparsity.",
+            stacklevel=3,
         )
     return Plan(pattern, shapes, {target.name: target.transposed for target in chosen}, cycle_counts)
 

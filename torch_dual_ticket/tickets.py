@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ class Ticket:
         self.update_pending = False
         self._ever_carried = False
         self.carried: set[str] = set()  # names of the parameters that got the penalty since the last tick
-        self.carriers: set[int] = set()  # ids of the optimizers whose updates did that
+        self.carriers: Counter[int] = Counter()  # updates that did that, by the id of the optimizer
         self._version_at_tick: dict[str, int] = {}  # of those that did not before it
         self.optimizer: weakref.ref[Optimizer] | None = None
         self.members: weakref.WeakKeyDictionary[Optimizer, Members] = weakref.WeakKeyDictionary()
@@ -200,12 +201,16 @@ class Ticket:
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
             self._has_warned = True
             what = f"{', '.join(bypassed[:3])} changed" if bypassed else f"step() was called {_IDLE_TICKS} times"
-            warnings.warn(
-                f"{what}, but no update carried the penalty: the updates come from something that is not a "
-                "torch.optim.Optimizer holding the model's own parameters (master weights, an optimizer of another "
-                "library). Call rst.apply_penalty() after backward(), before each such update.",
-                stacklevel=3,
+            why = (
+                "the updates are not those of the optimizer that was given to the scheduler. Build it with the one that"
+                " trains, or with none"
+                if self.optimizer is not None
+                else "the updates come from something that is not a torch.optim.Optimizer holding the model's own"
+                " parameters (master weights, an optimizer of another library). Call rst.apply_penalty() after"
+                " backward(), before each such update"
             )
+            yet = "" if bypassed else "if there were any, "
+            warnings.warn(f"{what}, but no update carried the penalty: {yet}{why}.", stacklevel=3)
         if self.update_pending and not self.by_hand:  # what is done by hand may come before the tick and the update
             self._round += 1
         self.update_pending = self.silenced = False
@@ -274,7 +279,7 @@ class Ticket:
         if self._carrying != id(optimizer):
             return
         self._carrying = None
-        self.carriers.add(id(optimizer))
+        self.carriers[id(optimizer)] += 1
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler, likewise; reading it would synchronise
         if found_inf is None:
             self.update_pending = self._ever_carried = True
