@@ -285,9 +285,63 @@ def advised(rst, layer, *optimizers, updates=60):
 def test_a_rate_that_is_still_to_rise():
     layer, rst = small_ticket()
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1e-6)
-    assert optimizer.param_groups[0]["lr"] < 1e-6
-    assert advised(rst, layer, optimizer) == []
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1e-6 * (update + 1))
+    assert advised(rst, layer, optimizer, warm_up) == []
+
+
+def test_a_rate_that_has_fallen_for_good():
+    """torch's schedulers leave the one before it in the group."""
+    layer, rst = small_ticket()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.01)
+    optimizer.step()
+    decay.step()
+    assert optimizer.param_groups[0]["initial_lr"] == 0.1
+    [(message, _)] = advised(rst, layer, optimizer)
+    assert "with lr=0.001, momentum=0" in message
+
+
+@pytest.mark.parametrize("named", [None, "0.1", [0.1, 0.2], math.nan])
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_what_somebody_else_keeps_in_a_group(make_optimizer, named):
+    layer, rst = small_ticket()
+    optimizer = make_optimizer([{"params": layer.parameters(), "max_lr": named, "initial_lr": named}], lr=1e-6)
+    rising = torch.optim.lr_scheduler.LambdaLR(make_optimizer([torch.zeros(1)]), lambda update: 1.0)
+    rising.step = lambda: optimizer.param_groups[0].update(lr=optimizer.param_groups[0]["lr"] * 1.01)
+    assert len(advised(rst, layer, optimizer, rising)) == 1
+
+
+def test_an_optimizer_without_a_rate():
+    class Signs(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self):
+            self.param_groups[0]["params"][0].mul_(0.9)
+
+    layer, rst = small_ticket()
+    assert advised(rst, layer, Signs(layer.parameters(), {})) == []
+    assert rst.progress == 0.6
+
+
+def test_a_restart_within_an_epoch_that_is_a_tick():
+    """The one update that is left of it is not what the next ticks will have."""
+    layer, rst = small_ticket()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=2e-2)
+
+    def updates(scheduler, count, tick_every=10):
+        caught = []
+        for update in range(count):
+            layer.weight.grad = torch.zeros_like(layer.weight)
+            optimizer.step()
+            caught += warnings_of(scheduler) if update % tick_every == tick_every - 1 else []
+        return caught
+
+    assert updates(rst, 90) == []
+    state = rst.state_dict()
+    rst.remove()
+    resumed = RSTScheduler(layer, sparsity=0.5, seed=0, steps=100)
+    resumed.load_state_dict(state)
+    assert updates(resumed, 1, tick_every=1) == []
+    assert updates(resumed, 100) == []
 
 
 def test_optimizers_that_carry_no_penalty_are_not_judged():
@@ -483,3 +537,14 @@ def test_a_rate_that_rises_for_longer_than_a_tenth(make_optimizer, highest):
         schedule.step()
         caught += warnings_of(rst)
     assert caught == []
+
+
+def test_a_finalize_that_does_not_come():
+    """A loop in which it was forgotten would end with a dense network."""
+    _, _, caught = train(360, steps=120, optimizer_options={"lr": 1.0})
+    [(tick, message, filename)] = caught
+    assert tick == 240
+    assert "has been over for 120 ticks, and nothing is masked yet: call rst.finalize()" in message
+    assert filename == __file__
+    assert train(109, steps=10, optimizer_options={"lr": 1.0})[2] == []
+    assert len(train(110, steps=10, optimizer_options={"lr": 1.0})[2]) == 1

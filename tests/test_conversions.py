@@ -257,6 +257,48 @@ def test_a_layer_that_is_out_of_the_model_but_still_referenced(change):
     assert (old.weight != 0).all()
 
 
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2).double()
+        self.weights = nn.ParameterList([torch.ones(6, 6, dtype=torch.float64)])
+
+    def forward(self, x):
+        return self.attention(x @ self.weights[0], x, x)[0]
+
+
+@pytest.mark.parametrize("which", ["out_proj", "list"])
+def test_the_owner_of_a_parameter_is_out_of_the_model_but_still_referenced(which):
+    """The module that uses it is there, and calls another one from now on."""
+    model = Attends()
+    rst = RSTScheduler(model, 0.5, steps=2, seed=0, targets=(nn.Linear, (nn.ParameterList, "*")))
+    transformed(model, rst)
+    if which == "out_proj":
+        name, old = "attention.out_proj.weight", model.attention.out_proj
+        model.attention.out_proj = type(old)(6, 6).double()
+        weight = old.weight
+    else:
+        name, old = "weights.0", model.weights
+        model.weights = nn.ParameterList([torch.ones(6, 6, dtype=torch.float64)])
+        weight = old[0]
+    with pytest.warns(UserWarning, match=rf"^{re.escape(name)} will not be pruned any more"):
+        finalize_quietly(rst)
+    assert len(rst.finalize().layers) == 1
+    assert (weight != 0).all()
+
+
+class Hidden(nn.Sequential):
+    def modules(self):
+        yield self
+
+
+def test_a_model_that_lists_its_modules_in_a_way_of_its_own():
+    model = Hidden(*network())
+    rst = hold(model)
+    transformed(model, rst)
+    assert len(finalize_quietly(rst).layers) == 3
+
+
 def test_everything_is_out_of_the_model_but_still_referenced():
     model = network()
     rst = hold(model)
@@ -287,6 +329,21 @@ def test_weights_that_are_tied_while_they_are_held():
     prune.remove(model[2], "weight")
     finalize_quietly(rst)
     assert torch.equal(model[2].weight != 0, rst.masks["0.weight"])
+
+
+def test_a_finalised_state_for_weights_that_were_tied_while_they_were_held():
+    saved = network()
+    rst = hold(saved)
+    transformed(saved, rst)
+    finalize_quietly(rst)
+    model = network()
+    other = hold(model)
+    model[2].weight = model[0].weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"^0\.weight and 2\.weight were tied after"):
+        other.load_state_dict(rst.state_dict())
+    assert other.phase == "transform"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_all_layers_replaced():

@@ -7,6 +7,8 @@ from reference import ByHand
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import LotteryTicket, random_ticket
+from torch_dual_ticket.magnitude import magnitude_masks
 
 
 @pytest.mark.parametrize(
@@ -124,4 +126,16 @@ def test_a_mask_that_empties_a_layer_is_not_drawn_without_a_word(settings, messa
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 40, 3))
     with pytest.warns(UserWarning, match=message) as seen:
         RSTScheduler(model, seed=0, **settings)
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_weights_is_not_one_that_was_emptied():
+    assert RSTScheduler(nn.Sequential(nn.Linear(6, 8), nn.Linear(0, 4)), 0.5, seed=0).sparsity == 0.5
+
+
+@pytest.mark.parametrize("make", [magnitude_masks, LotteryTicket, random_ticket])
+def test_a_mask_that_empties_a_layer_in_a_baseline(make):
+    with pytest.warns(UserWarning, match="rounds to all 2 units of 0") as seen:
+        make(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 40)), 0.9)
     assert seen[0].filename == __file__

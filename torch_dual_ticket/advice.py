@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +27,44 @@ if TYPE_CHECKING:
     from .tickets import Ticket
 
 _LEFT = 0.05  # of the masked weights: with more, the mask will take away what is still in use
+_OVERDUE = 100  # ticks at the least, and as many as the schedule has
 _LEFT_BY_ESTIMATE = 0.2  # where the estimate may be wrong by a factor of two
 
 
 class Advice:
-    """What ``step()`` says of the optimizers, once, after a tenth of the schedule: on GPUs a little later."""
+    """What ``step()`` says of the optimizers, once, after a tenth of the schedule: on GPUs a little later.
+
+    And of a ``finalize()`` that does not come.
+    """
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self._messages: list[str] = []
         self._expected: list[_Sample] = []
+        self._updates: Counter[int] = Counter()  # the most in a tick, which may be an epoch, by id of the optimizer
+        self._first_rates: dict[int, Any] = {}  # learning rates at the first tick that was seen, by id of the group
+        self._overdue = 0  # ticks
 
     def __getstate__(self) -> dict[str, Any]:
         return Advice(self._timeline).__dict__
 
-    def look(self, ticket: Ticket, ticks: int) -> None:
-        """To be called with the ticks after each update, while it is still known what carried the penalty."""
-        if ticks != self._timeline.time_for_advice:
+    def look(self, ticket: Ticket, before: int, ticks: int) -> None:
+        """To be called at each tick, with their number before and after, while it is known what carried the penalty."""
+        if before == self._timeline.ticks:
+            self._overdue += 1
+            if self._overdue == max(_OVERDUE, self._timeline.ticks):
+                self._messages.append(
+                    f"the schedule has been over for {self._overdue:,} ticks, and nothing is masked yet: call"
+                    " rst.finalize() when rst.done says so. (For more time at the ceiling there is hold=…)"
+                )
+        if before == ticks or ticks > self._timeline.time_for_advice:
+            return
+        is_first = not self._first_rates
+        self._updates |= ticket.carriers
+        if is_first:
+            groups = [group for members in ticket.members.values() for _, _, group in members.held]
+            self._first_rates = {id(group): group.get("lr") for group in groups}
+        if ticks < self._timeline.time_for_advice or (is_first and before):  # a restart may have come within an epoch
             return
         try:
             penalties = [self._timeline.penalty(tick) for tick in range(self._timeline.ticks_per_cycle)]
@@ -51,15 +73,28 @@ class Advice:
         if max(penalties) <= 0:
             return
         for optimizer, members in ticket.members.items():
-            updates = ticket.carriers[id(optimizer)]  # in the last tick, which may be an epoch
-            if not updates:
+            if id(optimizer) not in ticket.carriers:
                 continue
+            updates = self._updates[id(optimizer)]
             if isinstance(optimizer, SGD):
                 for group in {id(group): group for _, _, group in members.held}.values():
                     if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
-                        self._messages += _about_sgd(group, penalties, updates)
+                        self._messages += _about_sgd(group, penalties, updates, self._rate_ahead(group, is_first))
             elif isinstance(optimizer, (Adam, AdamW)):
-                self._expected += _take_samples(members.held, optimizer, penalties, ticks, updates)
+                rates = [self._rate_ahead(group, is_first) for _, _, group in members.held]
+                self._expected += _take_samples(members.held, rates, optimizer, penalties, ticks, updates)
+
+    def _rate_ahead(self, group: Mapping[str, Any], is_first: bool) -> Any:
+        """The highest rate to expect: that at the end of a warm-up, if the rate has been rising.
+
+        torch's schedulers leave it in the group, and when they are over it stays there.
+        """
+        rate = group["lr"]
+        first = self._first_rates.get(id(group))
+        if isinstance(rate, Tensor) or not (is_first or (isinstance(first, (int, float)) and rate > first)):
+            return rate
+        named = (group.get(name) for name in ("initial_lr", "max_lr"))
+        return max([rate, *(other for other in named if isinstance(other, (int, float)) and math.isfinite(other))])
 
     def speak(self) -> None:
         """Warn of what was seen; to be called when the tick is over."""
@@ -71,7 +106,7 @@ class Advice:
             warnings.warn(message, stacklevel=3)
 
 
-def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: int) -> list[str]:
+def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: int, rate_ahead: float) -> list[str]:
     """What shrinks a weight under SGD is Σ lr·λ / (1 - momentum); and it diverges where lr·λ is 2·(1 + momentum).
 
     Dampening d makes that 2·(1 + momentum) / (1 - d), Nesterov's momentum 2·(1 + momentum) / (1 + 2·momentum): there
@@ -86,9 +121,8 @@ def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: in
             f"{what}, the masked weights will diverge: lr times penalty must stay below {limit:g}, what this SGD bears."
             f" Lower max_penalty to less than {limit / lr:.3g}, unless lr falls before the penalty is there."
         ]
-    lr = _highest_rate(group)
-    what = f"with lr={lr:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
-    shrinks_by = updates * lr * sum(penalties) * (1 - dampening) / (1 - momentum)
+    what = f"with lr={rate_ahead:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
+    shrinks_by = updates * rate_ahead * sum(penalties) * (1 - dampening) / (1 - momentum)
     if 0 < shrinks_by < -math.log(_LEFT):
         return [
             f"{what}, {updates * len(penalties):,} updates will leave about {math.exp(-shrinks_by):.0%} of the masked"
@@ -114,9 +148,9 @@ def _about_adam(samples: Sequence[_Sample]) -> list[str]:
     if (left := share("out_of_reach")) > _LEFT:
         times = max(sample.largest / sample.reach for sample in samples)
         return [
-            f"with lr={first.lr:g}, {first.updates:,} more updates will leave {left:.0%} of the masked weights or more,"
-            " and finalize() will take that away: Adam moves a weight by about lr in an update, whatever the penalty."
-            f" Make steps, hold or lr larger, together {times:.2g} times."
+            f"with lr={first.rate_ahead:g}, {first.updates:,} more updates will leave {left:.0%} of the masked weights"
+            " or more, and finalize() will take that away: Adam moves a weight by about lr in an update, whatever the"
+            f" penalty. Make steps, hold or lr larger, together {times:.2g} times."
         ]
     if (left := math.hypot(balanced, shaken)) > _LEFT_BY_ESTIMATE:
         times = max(balanced / _LEFT, (shaken / _LEFT) ** 2)
@@ -128,18 +162,13 @@ def _about_adam(samples: Sequence[_Sample]) -> list[str]:
     return []
 
 
-def _highest_rate(group: Mapping[str, Any]) -> float:
-    """The rate now may be that of a warm-up: torch's schedulers leave the one that follows it beside it."""
-    named = (group.get(name, 0.0) for name in ("initial_lr", "max_lr"))
-    return float(max([group["lr"], *(rate for rate in named if not isinstance(rate, Tensor))]))
-
-
 @dataclass(frozen=True)
 class _Sample:
     """Some of one parameter's masked weights under Adam, with the statistics of its gradients."""
 
     size: int  # masked weights of the parameter
     lr: float
+    rate_ahead: float
     updates: int  # that are left for the transformation
     ceiling: float  # of λ and the optimizer's own weight decay, where that is in the gradients as well
     noise_in_mean: float  # the share of the noise's variance that is left in Adam's mean of the gradients
@@ -148,7 +177,7 @@ class _Sample:
     @property
     def reach(self) -> float:
         """How far a weight can move towards zero."""
-        return self.lr * self.updates
+        return self.rate_ahead * self.updates
 
     @property
     def _means(self) -> list[float]:
@@ -182,22 +211,27 @@ class _Sample:
 
 @torch.no_grad()
 def _take_samples(
-    held: Held, optimizer: Optimizer, penalties: Sequence[float], ticks: int, updates_per_tick: int
+    held: Held,
+    rates_ahead: Sequence[Any],
+    optimizer: Optimizer,
+    penalties: Sequence[float],
+    ticks: int,
+    updates_per_tick: int,
 ) -> list[_Sample]:
     """Nothing waits for a device here."""
     samples = []
     updates = updates_per_tick * (len(penalties) - ticks)
-    for hold, parameter, group in held:
+    for (hold, parameter, group), rate_ahead in zip(held, rates_ahead, strict=True):
         state, lr, betas = optimizer.state.get(parameter, {}), group["lr"], group["betas"]
         if any(isinstance(number, Tensor) for number in (lr, *betas)) or not _is_known(local(parameter), state):
             continue
-        lr = _highest_rate(group)
         is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         decay = 0.0 if is_decoupled else group["weight_decay"]
-        if lr > 0 and updates > 0:
-            statistics = _statistics(hold, parameter, state, betas, penalties[ticks - 1] + decay, lr * updates)
+        if rate_ahead > 0 and updates > 0:
+            reach = rate_ahead * updates
+            statistics = _statistics(hold, parameter, state, betas, penalties[ticks - 1] + decay, reach)
             noise_in_mean = (1 - betas[0]) / (1 + betas[0])
-            facts = (hold.mask.pruned_weights, lr, updates, max(penalties) + decay, noise_in_mean)
+            facts = (hold.mask.pruned_weights, lr, rate_ahead, updates, max(penalties) + decay, noise_in_mean)
             samples.append(_Sample(*facts, Reading(statistics)))
     return samples
 

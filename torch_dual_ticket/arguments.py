@@ -10,10 +10,12 @@ import torch
 from torch.optim import Optimizer
 
 from .hooks import holder_of
+from .wrappers import unwrapped_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from .holds import Hold
     from .masks import Mask
     from .targets import Target
     from .tickets import Ticket
@@ -86,27 +88,29 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
             " torch.optim.Optimizer's, call rst.apply_penalty() before each."
         )
-    _let_go_of_replaced(ticket)
+    replaced = _replaced(ticket)
+    _check_untied([hold for hold in ticket.primary_holds if hold not in replaced])
+    for hold in replaced:
+        hold.detach()
     ticket.check_reachable()
     check_holds(ticket)
-    _check_untied(ticket)
 
 
-def _let_go_of_replaced(ticket: Ticket) -> None:
-    """Layers that are no longer in the model, although something else still references them."""
+def _replaced(ticket: Ticket) -> list[Hold]:
+    """Holds on layers that are no longer in the model, although something else still references them."""
     model = ticket.model()
-    inside = set() if model is None else set(model.modules())
-    for hold in ticket.holds if inside else ():
-        if hold.layer() not in inside:
-            hold.detach()
+    if model is None:
+        return []
+    inside = {module for _, module in unwrapped_modules(model)}
+    return [hold for hold in ticket.holds if not inside.issuperset({hold.layer(), hold.owner() or hold.layer()})]
 
 
-def _check_untied(ticket: Ticket) -> None:
+def _check_untied(holds: list[Hold]) -> None:
     """Each parameter has one mask."""
     names: dict[int, str] = {}
-    for hold in ticket.primary_holds:
+    for hold in holds:
         other = names.setdefault(id(hold.parameter()), hold.name)
-        if other != hold.name:
+        if other != hold.name and hold.parameter() is not None:
             raise RuntimeError(
                 f"{other} and {hold.name} were tied after the scheduler was built, and have two masks. Tie them first;"
                 " or take one of the layers out of the scheduler's hands with"
@@ -143,6 +147,7 @@ def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, st
         raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
     if state["phase"] == "finetune":
         check_holds(ticket)
+        _check_untied(ticket.primary_holds)
     return state["ticks"], state["update_pending"], state["phase"], state["seed"]
 
 

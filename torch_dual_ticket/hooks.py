@@ -18,6 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .frames import in_rehearsal
+from .own_hooks import pair
 from .vacancy import watch_collector
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
 _installed = False
-_NAME = "torch_dual_ticket"  # of our hooks among those of one optimizer
 _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__  # of the function that runs hooks around each step
 
 
@@ -98,21 +98,31 @@ def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:
 
 
 def _before_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Go between the step and the hooks that the optimizer has of its own, if it has any.
-
-    torch would run ours before a clipping that comes as its pre-hook, and after an average that comes as its post-hook.
-    """
+    """What torch calls before each step; if the optimizer has pre-hooks of its own, the last of them calls ours."""
     before: Any = optimizer._optimizer_step_pre_hooks
     after: Any = optimizer._optimizer_step_post_hooks
-    if after and next(iter(after)) != _NAME:
-        after[_NAME] = torch.compiler.disable(_after_step)  # type: ignore[no-untyped-call]
-        after.move_to_end(_NAME, last=False)
-    if not before:
-        return _before_step(optimizer, args, kwargs)
-    if next(reversed(before)) != _NAME:
-        before[_NAME] = torch.compiler.disable(_before_step)  # type: ignore[no-untyped-call]
-        before.move_to_end(_NAME)
-    return None
+    if before or after:
+        is_concerned = bool(_held(optimizer, enforcing=False) or _held(optimizer, enforcing=True))
+        pair(after, next(iter(after), None) if is_concerned else None, _after_step_and)
+        pair(before, next(reversed(before), None) if is_concerned else None, _before_step_and)
+        if before:
+            return None
+    return _before_step(optimizer, args, kwargs)
+
+
+def _before_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    given = hook(optimizer, args, kwargs)
+    if isinstance(given, tuple) and len(given) == 2:
+        args, kwargs = given
+    elif given is not None:
+        return given  # torch will refuse it
+    ours = _before_step(optimizer, args, kwargs)
+    return given if ours is None else ours
+
+
+def _after_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    _after_step(optimizer, args, kwargs)
+    return hook(optimizer, args, kwargs)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

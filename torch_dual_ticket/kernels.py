@@ -70,11 +70,12 @@ def clear_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of squares of the pruned elements and of all elements, as float64 scalars on the tensor's device."""
-    masked = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    """The sums of squares of the pruned elements and of all elements, as scalars on the tensor's device, in float64."""
+    wide = torch.float32 if tensor.is_mps else torch.float64  # which MPS lacks
+    masked = torch.zeros((), dtype=wide, device=tensor.device)
+    total = torch.zeros((), dtype=wide, device=tensor.device)
     for values, mask in _chunks(tensor, pruned, share=8):  # in float64, twice
-        squares = values.abs().to(torch.float64).square_()
+        squares = values.abs().to(wide).square_()
         total += squares.sum()
         masked += squares.mul_(mask).sum()
     return masked, total

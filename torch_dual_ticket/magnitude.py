@@ -80,7 +80,8 @@ def rounds_of_counts(
     if distribution not in ("uniform", "erk", "global"):
         raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform', 'erk' and 'global'")
     if distribution != "global":
-        return make_plan(targets, sparsity, distribution=distribution, pattern=pattern, cycles=rounds).pruned
+        settings = {"distribution": distribution, "pattern": pattern}
+        return make_plan(targets, sparsity, **settings, cycles=rounds, stacklevel=4).pruned
     if pattern != "unstructured":
         raise ValueError(f"pattern {pattern!r} prunes every layer alike, so distribution='global' is not possible")
     if isinstance(sparsity, Mapping):

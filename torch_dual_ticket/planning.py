@@ -41,8 +41,11 @@ def make_plan(
     distribution: str = "uniform",
     pattern: str = "unstructured",
     cycles: int = 1,
+    stacklevel: int = 3,
 ) -> Plan:
     """How much of each target is pruned in each cycle; targets that stay dense are left out.
+
+    Warns, at the line that ``stacklevel`` says, of layers that are pruned altogether.
 
     Cycle ``c`` of ``C`` aims at ``1 - (1 - s)**(c/C)``: each removes the same fraction of what the one before has left.
 
@@ -82,13 +85,13 @@ def make_plan(
             f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units."
             " Give a higher sparsity."
         )
-    emptied = [name for name, pruned in cycle_counts[-1].items() if pruned == units[name]]
+    emptied = [name for name, pruned in cycle_counts[-1].items() if 0 < pruned == units[name]]
     if emptied:
         others = f" and of {len(emptied) - 1} more" if emptied[1:] else ""
         warnings.warn(
             f"sparsity={sparsity!r} rounds to all {units[emptied[0]]} units of {emptied[0]}{others}: nothing goes"
             " through it any more. Leave it dense with exclude, or give it a lower sparsity.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     return Plan(pattern, shapes, {target.name: target.transposed for target in chosen}, cycle_counts)
 

@@ -136,8 +136,7 @@ class RSTScheduler:
         if not (self._ticks or self._seed_is_given):
             check_not_joined(self._ranks)
         ticks = min(self._ticks + ticket.is_due(), self._timeline.ticks)
-        if self._ticks < ticks:
-            self._advice.look(ticket, ticks)
+        self._advice.look(ticket, self._ticks, ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         ticket.tick()
         if self._timeline.cycle(ticks) != self._cycle:

@@ -201,16 +201,18 @@ class Ticket:
         if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
             self._has_warned = True
             what = f"{', '.join(bypassed[:3])} changed" if bypassed else f"step() was called {_IDLE_TICKS} times"
-            why = (
-                "the updates are not those of the optimizer that was given to the scheduler. Build it with the one that"
-                " trains, or with none"
+            others = (
+                "something else than the optimizer that was given to the scheduler"
                 if self.optimizer is not None
-                else "the updates come from something that is not a torch.optim.Optimizer holding the model's own"
-                " parameters (master weights, an optimizer of another library). Call rst.apply_penalty() after"
-                " backward(), before each such update"
+                else "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights,"
+                " an optimizer of another library)"
             )
             yet = "" if bypassed else "if there were any, "
-            warnings.warn(f"{what}, but no update carried the penalty: {yet}{why}.", stacklevel=3)
+            warnings.warn(
+                f"{what}, but no update carried the penalty: {yet}the updates come from {others}. Call"
+                " rst.apply_penalty() after backward(), before each such update.",
+                stacklevel=3,
+            )
         if self.update_pending and not self.by_hand:  # what is done by hand may come before the tick and the update
             self._round += 1
         self.update_pending = self.silenced = False
