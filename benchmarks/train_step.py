@@ -44,7 +44,7 @@ COMPILED = [("ResNet-50", 8, "SGD", True), ("Transformer-12", 8, "AdamW", True)]
 
 
 def main() -> None:
-    options = arguments(__doc__, rounds=7)
+    options = arguments(__doc__, rounds=5)
     rows, measured = [], set()
     for case in CASES if options.device == "cpu" else CASES + COMPILED:
         network, batch, optimizer, compiled = case

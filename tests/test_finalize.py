@@ -63,10 +63,25 @@ def test_finalize_warns_of_what_it_takes_away(residual, warns):
     with torch.no_grad():
         layer.weight.copy_(torch.where(kept, math.sqrt(1 - residual**2), residual))  # as many are kept as masked
     if warns:
-        with pytest.warns(UserWarning, match="transform for longer"):
+        with pytest.warns(
+            UserWarning, match=r"still held 1\.0% of the norm .* There was no penalty, as max_penalty is 0"
+        ):
             rst.finalize()
     else:
         rst.finalize()  # warnings are errors here
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_finalize_says_that_the_training_has_diverged(value):
+    """More penalty would not help."""
+    layer, optimizer = shrinking()
+    rst = RSTScheduler(layer, 0.5, steps=1, seed=0)
+    update(layer, optimizer)
+    rst.step()
+    with torch.no_grad():
+        layer.weight[0, 0] = value
+    with pytest.warns(UserWarning, match=r"^weights were not finite .* diverged\. Lower max_penalty or lr"):
+        rst.finalize()
 
 
 def test_finalizing_twice_changes_nothing():

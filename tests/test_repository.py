@@ -137,10 +137,13 @@ def test_both_commands_of_the_readme_set_up_the_same_way():
     assert quickstart.split(" && ")[:-1] == [part.replace("[test]", "[examples]") for part in test.split(" && ")[:-1]]
 
 
-@pytest.mark.parametrize("code", code_blocks("python"))
-def test_python_of_the_readme_runs(code):
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """In its order, as somebody would paste it into one session."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "README.md", "exec"), {})
+    session = {}
+    for code in code_blocks("python"):
+        exec(compile(code, "README.md", "exec"), session)
 
 
 @pytest.mark.filterwarnings("ignore:the masked weights still held")  # three updates instead of ten thousand

@@ -1,5 +1,7 @@
 """Updates that no optimizer of torch makes: ``apply_penalty()``, and what is said where it was forgotten."""
 
+import copy
+
 import pytest
 import torch
 from lives import assert_same_life, updates
@@ -195,6 +197,35 @@ def test_an_optimizer_of_another_library_that_takes_over_is_noticed():
     train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 3)
     with pytest.warns(UserWarning, match=r"0\.weight.* changed, but no update carried the penalty"):
         train_forgetfully(model, Momentum(model.parameters()), rst, 3)
+
+
+@pytest.mark.filterwarnings("ignore:the masked weights still held")
+def test_a_forgotten_tick_is_noticed():
+    """Without it λ never grows, and a loop that waits for rst.done would end with a dense network."""
+    layer = nn.Linear(2, 2)
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    layer.weight.grad = torch.ones_like(layer.weight)
+
+    def updates(count):
+        for _ in range(count):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+
+    updates(999)
+    with pytest.warns(UserWarning, match=r"1,000 updates carried .* rst\.step\(\) has not .* stays at 0\.0001, and"):
+        updates(1)
+    updates(1000)
+    rst.remove()
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0)
+    updates(10)
+    rst.step()
+    updates(1100)  # an epoch may be long
+    resumed = RSTScheduler(copy.deepcopy(layer), sparsity=0.5, seed=0)
+    resumed.load_state_dict(rst.state_dict())
+    rst.remove()
+    layer, optimizer = resumed._model, torch.optim.SGD(resumed._model.parameters(), lr=1e-3)
+    updates(1100)
 
 
 def test_another_optimizer_than_the_one_that_was_given_is_noticed():

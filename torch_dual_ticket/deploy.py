@@ -216,7 +216,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
         ValueError: a parameter is sharded.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model itself")
     inner = next(unwrapped_modules(model))[1]
     for name, parameter in inner.named_parameters():
         if is_sharded(parameter):
@@ -269,4 +269,5 @@ def _sparsest(layers: dict[str, nn.Linear]) -> str:
     name = max(shares, key=lambda name: shares[name])
     weight = layers[name].weight
     where = f"{weight.dtype} on {weight.device}"
-    return f"The sparsest is {name or 'the model itself'}: {shares[name]:.1%} of {weight.numel():,}, {where}."
+    forgotten = "" if shares[name] else " Is finalize() still to come?"
+    return f"The sparsest, {name!r}, has {shares[name]:.1%} of {weight.numel():,}, {where}.{forgotten}"

@@ -134,6 +134,13 @@ def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
     if report.total.residual <= _MAX_RESIDUAL:
         return
+    if not math.isfinite(report.total.residual):
+        warnings.warn(
+            "weights were not finite any more when the masked ones were set to zero: the training has diverged. Lower"
+            " max_penalty or lr",
+            stacklevel=3,
+        )
+        return
     if ticks == 0:
         advice = "rst.step() was never called: call it after each optimizer.step()"
     elif ticks < timeline.ticks:
@@ -141,6 +148,8 @@ def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
             f"finalize() came after {ticks:,} of {timeline.ticks:,} ticks, with λ at"
             f" {timeline.penalty(ticks - 1):.3g}: choose steps and hold that fit your loop, or go on until rst.done"
         )
+    elif timeline.max_penalty == 0:
+        advice = "There was no penalty, as max_penalty is 0"
     else:
         advice = f"λ had reached {timeline.max_penalty:g}: transform for longer, or with a higher max_penalty or lr"
     warnings.warn(

@@ -46,7 +46,7 @@ class RSTScheduler:
         schedule: "linear", "quadratic", "cubic", or a function from progress (0…1) to the fraction of the ceiling.
         cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
         distribution: "uniform", or "erk" (Erdős–Rényi-Kernel).
-        pattern: "unstructured", "n:m" (n kept of every m inputs), "block:RxC", "filter" or "channel".
+        pattern: "unstructured", "n:m" (n of every m inputs stay), "block:RxC", "filter" (outputs), "channel" (inputs).
         targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``.
         exclude: fnmatch patterns of module names that stay dense.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
@@ -90,7 +90,7 @@ class RSTScheduler:
         store_masks: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model itself")
         self._timeline = Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
         given_seed = None if seed is None else check_integer("seed", seed)
         found = find_targets(model, targets, exclude)
@@ -199,7 +199,7 @@ class RSTScheduler:
             UserWarning: the masked weights still held more than 1 % of the norm, or cycles are outstanding.
         """
         if layout not in ("plain", "prune"):
-            raise ValueError(f"unknown layout {layout!r}; allowed are 'plain' and 'prune'")
+            raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
         ticket = self._ticket
         if not ticket.enforcing:
             arguments.check_trained(ticket, self._ticks)

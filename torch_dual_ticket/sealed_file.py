@@ -106,6 +106,8 @@ def _safetensors() -> Any:
 def _header(data: bytes | bytearray) -> tuple[int, dict[str, Any]]:
     """Where the tensors begin, and what safetensors says about them."""
     start = 8 + int.from_bytes(data[:8], "little")
+    if data[:2] == b"PK":
+        raise ValueError("it looks like a file of torch.save(), which torch.load() reads")
     if len(data) < max(start, 8):
         raise ValueError(f"its header should end at byte {start:,}")
     header = json.loads(data[8:start])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .dues import Dues
+from .forgotten import IDLE_TICKS, UPDATES_WITHOUT_A_TICK, warn_of_missing_penalty, warn_of_missing_ticks
 from .graphed import GraphedPenalty
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from .targets import Target
 
 _MARK = "_dual_ticket_penalised_at"  # the attribute of a gradient that says when it got the penalty
-_IDLE_TICKS = 100  # more than GradScaler ever skips at its start
 
 
 class Ticket:
@@ -56,6 +57,7 @@ class Ticket:
         self._found_inf: Tensor | None = None  # 0 if an update since the last tick was not skipped for infinities
         self._round = 0  # ticks that had an update: it has used the gradients that it found
         self._idle_ticks = 0
+        self._updates_before_ticks: float = 0  # infinite from the first tick on
         self._has_warned = False
         self._model = None if model is None else weakref.ref(model)
         register(self)
@@ -198,21 +200,10 @@ class Ticket:
         self.carried.clear()
         self.carriers.clear()
         self._idle_ticks += not self._ever_carried
-        if not self._has_warned and (bypassed or self._idle_ticks >= _IDLE_TICKS):
+        self._updates_before_ticks = math.inf
+        if not self._has_warned and (bypassed or self._idle_ticks >= IDLE_TICKS):
             self._has_warned = True
-            what = f"{', '.join(bypassed[:3])} changed" if bypassed else f"step() was called {_IDLE_TICKS} times"
-            others = (
-                "something else than the optimizer that was given to the scheduler"
-                if self.optimizer is not None
-                else "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights,"
-                " an optimizer of another library)"
-            )
-            yet = "" if bypassed else "if there were any, "
-            warnings.warn(
-                f"{what}, but no update carried the penalty: {yet}the updates come from {others}. Call"
-                " rst.apply_penalty() after backward(), before each such update.",
-                stacklevel=3,
-            )
+            warn_of_missing_penalty(bypassed, other_than_given=self.optimizer is not None)
         if self.update_pending and not self.by_hand:  # what is done by hand may come before the tick and the update
             self._round += 1
         self.update_pending = self.silenced = False
@@ -222,6 +213,7 @@ class Ticket:
         """Go on from a saved state of the transformation: what was carried here before counts no more."""
         self.update_pending, self._ever_carried, self.silenced = pending, pending, False
         self._carrying = self._found_inf = None
+        self._updates_before_ticks = math.inf
         self._round += 1
         self.carried.clear()
         self.carriers.clear()
@@ -282,6 +274,9 @@ class Ticket:
             return
         self._carrying = None
         self.carriers[id(optimizer)] += 1
+        self._updates_before_ticks += 1
+        if self._updates_before_ticks == UPDATES_WITHOUT_A_TICK:
+            warn_of_missing_ticks(self.penalty)
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler, likewise; reading it would synchronise
         if found_inf is None:
             self.update_pending = self._ever_carried = True

@@ -1,0 +1,39 @@
+"""What is said where a loop has left out a call."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IDLE_TICKS = 100  # more than GradScaler ever skips at its start
+UPDATES_WITHOUT_A_TICK = 1000
+
+
+def warn_of_missing_penalty(changed: Sequence[str], *, other_than_given: bool) -> None:
+    """Of weights that change, by name, or ticks that pass, while no update carries the penalty."""
+    what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {IDLE_TICKS} times"
+    others = (
+        "something else than the optimizer that was given to the scheduler"
+        if other_than_given
+        else "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
+        " optimizer of another library or of another model)"
+    )
+    yet = "" if changed else "if there were any, "
+    warnings.warn(
+        f"{what}, but no update carried the penalty: {yet}the updates come from {others}. Call rst.apply_penalty()"
+        " after backward(), before each such update.",
+        stacklevel=4,
+    )
+
+
+def warn_of_missing_ticks(penalty: float) -> None:
+    """Of updates at a λ that never grows, from within the step of an optimizer."""
+    warnings.warn(
+        f"{UPDATES_WITHOUT_A_TICK:,} updates carried the penalty, and rst.step() has not been called: λ stays at"
+        f" {penalty:.3g}, and the schedule does not end, until it is. Call it after each optimizer.step(), or after"
+        " each epoch if steps and hold count epochs.",
+        stacklevel=2,
+    )
