@@ -311,6 +311,30 @@ def test_what_somebody_else_keeps_in_a_group(make_optimizer, named):
     assert len(advised(rst, layer, optimizer, rising)) == 1
 
 
+@pytest.mark.parametrize("change", ["state loaded", "another optimizer"])
+def test_a_rate_that_rises_in_a_group_that_came_later(change):
+    layer, rst = small_ticket()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.001, 1.0, 40)
+    assert advised(rst, layer, optimizer, warm_up, updates=2) == []
+    if change == "state loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.001, 1.0, 40)
+    assert advised(rst, layer, optimizer, warm_up) == []
+
+
+def test_updates_before_the_first_tick_are_no_measure():
+    layer, rst = small_ticket()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    for _ in range(500):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+    [(message, _)] = advised(rst, layer, optimizer)
+    assert "100 updates will leave" in message
+
+
 def test_an_optimizer_without_a_rate():
     class Signs(torch.optim.Optimizer):
         @torch.no_grad()

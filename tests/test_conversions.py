@@ -287,6 +287,19 @@ def test_the_owner_of_a_parameter_is_out_of_the_model_but_still_referenced(which
     assert (weight != 0).all()
 
 
+def test_a_parametrisation_that_is_removed_but_still_referenced():
+    model = network()
+    parametrizations.weight_norm(model[0])
+    rst = hold(model)
+    transformed(model, rst)
+    kept_alive = model[0].parametrizations.weight
+    parametrize.remove_parametrizations(model[0], "weight")
+    transformed(model, rst)
+    assert len(finalize_quietly(rst).layers) == 3
+    assert int((model[0].weight == 0).sum()) == 18
+    assert (kept_alive.original1 != 0).all()
+
+
 class Hidden(nn.Sequential):
     def modules(self):
         yield self
@@ -329,6 +342,35 @@ def test_weights_that_are_tied_while_they_are_held():
     prune.remove(model[2], "weight")
     finalize_quietly(rst)
     assert torch.equal(model[2].weight != 0, rst.masks["0.weight"])
+
+
+def test_weights_that_are_tied_to_the_second_place_of_one_that_was_replaced():
+    model = network()
+    model[2].weight = model[0].weight
+    model.add_module("5", nn.Linear(4, 6).double())
+    model.add_module("6", nn.Linear(6, 6).double())
+    rst = hold(model)
+    transformed(model, rst)
+    old = model[0]
+    model[0] = nn.Linear(6, 6).double()
+    model[6].weight = model[2].weight
+    with pytest.raises(RuntimeError, match=r"^0\.weight and 6\.weight were tied"):
+        rst.finalize()
+    assert old._forward_pre_hooks, "nothing is changed"
+
+
+def test_a_finalised_state_where_only_a_replaced_layer_is_tied():
+    saved = network()
+    rst = hold(saved)
+    transformed(saved, rst)
+    finalize_quietly(rst)
+    model = network()
+    other = hold(model)
+    old = model[2]
+    old.weight = model[0].weight
+    model[2] = nn.Linear(6, 6).double()
+    other.load_state_dict(rst.state_dict())
+    assert other.phase == "finetune"
 
 
 def test_a_finalised_state_for_weights_that_were_tied_while_they_were_held():

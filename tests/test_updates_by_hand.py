@@ -217,8 +217,8 @@ def test_a_forgotten_tick_is_noticed():
         updates(1)
     updates(1000)
     rst.remove()
-    rst = RSTScheduler(layer, sparsity=0.5, seed=0)
-    updates(10)
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0, steps=10)  # epochs, by the look of it
+    updates(2000)
     rst.step()
     updates(1100)  # an epoch may be long
     resumed = RSTScheduler(copy.deepcopy(layer), sparsity=0.5, seed=0)

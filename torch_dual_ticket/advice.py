@@ -43,6 +43,7 @@ class Advice:
         self._expected: list[_Sample] = []
         self._updates: Counter[int] = Counter()  # the most in a tick, which may be an epoch, by id of the optimizer
         self._first_rates: dict[int, Any] = {}  # learning rates at the first tick that was seen, by id of the group
+        self._looks = 0  # ticks before the advice
         self._overdue = 0  # ticks
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,12 +60,13 @@ class Advice:
                 )
         if before == ticks or ticks > self._timeline.time_for_advice:
             return
-        is_first = not self._first_rates
-        self._updates |= ticket.carriers
-        if is_first:
-            groups = [group for members in ticket.members.values() for _, _, group in members.held]
-            self._first_rates = {id(group): group.get("lr") for group in groups}
-        if ticks < self._timeline.time_for_advice or (is_first and before):  # a restart may have come within an epoch
+        self._looks += 1  # the first tick may be odd: after a restart within an epoch, or a while without ticks
+        self._updates = self._updates | ticket.carriers if self._looks > 2 else Counter(ticket.carriers)
+        if ticks < self._timeline.time_for_advice:
+            for group in (group for members in ticket.members.values() for _, _, group in members.held):
+                self._first_rates.setdefault(id(group), group.get("lr"))
+            return
+        if self._looks == 1 and before:
             return
         try:
             penalties = [self._timeline.penalty(tick) for tick in range(self._timeline.ticks_per_cycle)]
@@ -79,19 +81,19 @@ class Advice:
             if isinstance(optimizer, SGD):
                 for group in {id(group): group for _, _, group in members.held}.values():
                     if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
-                        self._messages += _about_sgd(group, penalties, updates, self._rate_ahead(group, is_first))
+                        self._messages += _about_sgd(group, penalties, updates, self._rate_ahead(group))
             elif isinstance(optimizer, (Adam, AdamW)):
-                rates = [self._rate_ahead(group, is_first) for _, _, group in members.held]
+                rates = [self._rate_ahead(group) for _, _, group in members.held]
                 self._expected += _take_samples(members.held, rates, optimizer, penalties, ticks, updates)
 
-    def _rate_ahead(self, group: Mapping[str, Any], is_first: bool) -> Any:
-        """The highest rate to expect: that at the end of a warm-up, if the rate has been rising.
+    def _rate_ahead(self, group: Mapping[str, Any]) -> Any:
+        """The highest rate to expect: that at the end of a warm-up, if the rate has been rising, or may have been.
 
         torch's schedulers leave it in the group, and when they are over it stays there.
         """
         rate = group["lr"]
         first = self._first_rates.get(id(group))
-        if isinstance(rate, Tensor) or not (is_first or (isinstance(first, (int, float)) and rate > first)):
+        if isinstance(rate, Tensor) or (isinstance(first, (int, float)) and rate <= first):
             return rate
         named = (group.get(name) for name in ("initial_lr", "max_lr"))
         return max([rate, *(other for other in named if isinstance(other, (int, float)) and math.isfinite(other))])

@@ -88,9 +88,8 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
             " torch.optim.Optimizer's, call rst.apply_penalty() before each."
         )
-    replaced = _replaced(ticket)
-    _check_untied([hold for hold in ticket.primary_holds if hold not in replaced])
-    for hold in replaced:
+    _check_untied(ticket)
+    for hold in _replaced(ticket):
         hold.detach()
     ticket.check_reachable()
     check_holds(ticket)
@@ -102,15 +101,19 @@ def _replaced(ticket: Ticket) -> list[Hold]:
     if model is None:
         return []
     inside = {module for _, module in unwrapped_modules(model)}
-    return [hold for hold in ticket.holds if not inside.issuperset({hold.layer(), hold.owner() or hold.layer()})]
+    known = [hold for hold in ticket.holds if hold.parameter() is not None]
+    return [hold for hold in known if not inside.issuperset({hold.layer(), hold.owner() or hold.layer()})]
 
 
-def _check_untied(holds: list[Hold]) -> None:
-    """Each parameter has one mask."""
+def _check_untied(ticket: Ticket) -> None:
+    """Each parameter in the model has one mask."""
+    replaced = _replaced(ticket)
     names: dict[int, str] = {}
-    for hold in holds:
+    for hold in ticket.holds:
+        if hold in replaced or hold.parameter() is None:
+            continue
         other = names.setdefault(id(hold.parameter()), hold.name)
-        if other != hold.name and hold.parameter() is not None:
+        if other != hold.name:
             raise RuntimeError(
                 f"{other} and {hold.name} were tied after the scheduler was built, and have two masks. Tie them first;"
                 " or take one of the layers out of the scheduler's hands with"
@@ -147,7 +150,7 @@ def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, st
         raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
     if state["phase"] == "finetune":
         check_holds(ticket)
-        _check_untied(ticket.primary_holds)
+        _check_untied(ticket)
     return state["ticks"], state["update_pending"], state["phase"], state["seed"]
 
 

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 IDLE_TICKS = 100  # more than GradScaler ever skips at its start
-UPDATES_WITHOUT_A_TICK = 1000
 
 
 def warn_of_missing_penalty(changed: Sequence[str], *, other_than_given: bool) -> None:
@@ -29,10 +28,15 @@ def warn_of_missing_penalty(changed: Sequence[str], *, other_than_given: bool) -
     )
 
 
-def warn_of_missing_ticks(penalty: float) -> None:
+def patience(ticks: int) -> int:
+    """The updates after which a tick is missed; a schedule of few ticks may count epochs, which can be long."""
+    return 1_000 if ticks >= 1_000 else 10_000
+
+
+def warn_of_missing_ticks(updates: int, penalty: float) -> None:
     """Of updates at a λ that never grows, from within the step of an optimizer."""
     warnings.warn(
-        f"{UPDATES_WITHOUT_A_TICK:,} updates carried the penalty, and rst.step() has not been called: λ stays at"
+        f"{updates:,} updates carried the penalty, and rst.step() has not been called: λ stays at"
         f" {penalty:.3g}, and the schedule does not end, until it is. Call it after each optimizer.step(), or after"
         " each epoch if steps and hold count epochs.",
         stacklevel=2,

@@ -77,10 +77,11 @@ class Hold(prune.BasePruningMethod):
 
     def parameter(self) -> Tensor | None:
         found = _parameters(self._owner()).get(self.attribute)
-        if found is None:
-            found = _parameters(self._layer()).get(self.tensor_name)
-            if found is not None:  # weight_norm, say, was removed, and its zeros are the weight's
+        if found is None or self.attribute != self.tensor_name:
+            plain = _parameters(self._layer()).get(self.tensor_name)
+            if plain is not None:  # weight_norm, say, was removed, and its zeros are the weight's
                 self._owner, self.attribute = self._layer, self.tensor_name
+                return plain
         return found
 
     def check_reachable(self) -> None:

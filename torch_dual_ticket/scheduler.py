@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import arguments, mask_views
 from .advice import Advice
 from .agreement import agree_on_seed, check_not_joined, world_size
+from .forgotten import patience
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
 from .residuals import measure, warn_of_outstanding, warn_of_residual
@@ -107,7 +108,7 @@ class RSTScheduler:
         self._ticket = ticket = Ticket(model, stores_masks=store_masks)
         ticket.optimizer = None if optimizer is None else weakref.ref(optimizer)
         ticket.take(found, plan.masks(self.seed, cycle=0))
-        ticket.penalty = self._timeline.penalty(0)
+        ticket.penalty, ticket.patience = self._timeline.penalty(0), patience(self._timeline.ticks)
         self._end_with_me()
 
     def _end_with_me(self) -> None:

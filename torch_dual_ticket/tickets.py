@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .dues import Dues
-from .forgotten import IDLE_TICKS, UPDATES_WITHOUT_A_TICK, warn_of_missing_penalty, warn_of_missing_ticks
+from .forgotten import IDLE_TICKS, warn_of_missing_penalty, warn_of_missing_ticks
 from .graphed import GraphedPenalty
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
@@ -57,7 +57,7 @@ class Ticket:
         self._found_inf: Tensor | None = None  # 0 if an update since the last tick was not skipped for infinities
         self._round = 0  # ticks that had an update: it has used the gradients that it found
         self._idle_ticks = 0
-        self._updates_before_ticks: float = 0  # infinite from the first tick on
+        self.patience = math.inf  # updates of one optimizer after which a first tick is missed
         self._has_warned = False
         self._model = None if model is None else weakref.ref(model)
         register(self)
@@ -200,7 +200,7 @@ class Ticket:
         self.carried.clear()
         self.carriers.clear()
         self._idle_ticks += not self._ever_carried
-        self._updates_before_ticks = math.inf
+        self.patience = math.inf
         if not self._has_warned and (bypassed or self._idle_ticks >= IDLE_TICKS):
             self._has_warned = True
             warn_of_missing_penalty(bypassed, other_than_given=self.optimizer is not None)
@@ -213,7 +213,7 @@ class Ticket:
         """Go on from a saved state of the transformation: what was carried here before counts no more."""
         self.update_pending, self._ever_carried, self.silenced = pending, pending, False
         self._carrying = self._found_inf = None
-        self._updates_before_ticks = math.inf
+        self.patience = math.inf
         self._round += 1
         self.carried.clear()
         self.carriers.clear()
@@ -274,14 +274,14 @@ class Ticket:
             return
         self._carrying = None
         self.carriers[id(optimizer)] += 1
-        self._updates_before_ticks += 1
-        if self._updates_before_ticks == UPDATES_WITHOUT_A_TICK:
-            warn_of_missing_ticks(self.penalty)
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler, likewise; reading it would synchronise
         if found_inf is None:
             self.update_pending = self._ever_carried = True
         else:
             self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+        if self.carriers[id(optimizer)] >= self.patience:
+            warn_of_missing_ticks(self.carriers[id(optimizer)], self.penalty)
+            self.patience = math.inf
 
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
