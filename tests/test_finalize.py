@@ -80,7 +80,7 @@ def test_finalize_says_that_the_training_has_diverged(value):
     rst.step()
     with torch.no_grad():
         layer.weight[0, 0] = value
-    with pytest.warns(UserWarning, match=r"^weights were not finite .* diverged\. Lower max_penalty or lr"):
+    with pytest.warns(UserWarning, match=r"Weights are not finite .* has diverged\. Lower max_penalty or lr"):
         rst.finalize()
 
 

@@ -135,13 +135,8 @@ def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
     if report.total.residual <= _MAX_RESIDUAL:
         return
     if not math.isfinite(report.total.residual):
-        warnings.warn(
-            "weights were not finite any more when the masked ones were set to zero: the training has diverged. Lower"
-            " max_penalty or lr",
-            stacklevel=3,
-        )
-        return
-    if ticks == 0:
+        advice = "Weights are not finite any more: the training has diverged. Lower max_penalty or lr"
+    elif ticks == 0:
         advice = "rst.step() was never called: call it after each optimizer.step()"
     elif ticks < timeline.ticks:
         advice = (
