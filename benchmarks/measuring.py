@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 _EXACT_PEAK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
-def arguments(description: str | None, rounds: int = 15) -> argparse.Namespace:
-    """The options that all benchmarks have."""
+def arguments(description: str | None, rounds: int = 15, **flags: str) -> argparse.Namespace:
+    """The options that all benchmarks have, and flags of one's own with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
     threads = torch.get_num_threads()
     parser.add_argument("--threads", type=int, default=threads, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate (default: %(default)s)")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
