@@ -70,7 +70,7 @@ def clear_(tensor: Tensor, mask: Tensor) -> None:
 
 
 def squared_norms(tensor: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of squares of the pruned elements and of all elements, as scalars on the tensor's device, in float64."""
+    """The sums of squares of the pruned elements and of all elements: scalars on the device, in float64 but on MPS."""
     wide = torch.float32 if tensor.is_mps else torch.float64  # which MPS lacks
     masked = torch.zeros((), dtype=wide, device=tensor.device)
     total = torch.zeros((), dtype=wide, device=tensor.device)
