@@ -9,6 +9,7 @@ from models import assert_same, finalize_quietly
 from plain_loop import assert_holds_zeros, loss_of, normal, sgd
 from reference import ByHand
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from torch_dual_ticket import RSTScheduler, graphed, kernels
 
@@ -76,6 +77,21 @@ def test_kernels_of_accelerators(as_on_an_accelerator, dtype, factor):
     expected = torch.where(kept.bool(), weight, torch.zeros((), dtype=dtype))
     kernels.clear_(weight, kept)
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_kernels_stay_on_the_device(dtype):
+    """On a GPU that has shapes and no values, an operand from elsewhere or a number read on the host is an error."""
+    with FakeTensorMode():
+        weight, grad = (torch.empty(3, 1 << 20, dtype=dtype, device="cuda") for _ in range(2))
+        mask = torch.empty(weight.shape, dtype=torch.uint8, device="cuda")
+        factor = torch.empty((), dtype=torch.float64, device="cuda")
+        kernels.add_scaled_([grad], [weight], [mask], 0.5)
+        kernels.add_scaled_([grad], [weight], [mask], factor)
+        kernels.clear_(weight, mask)
+        assert [norm.device.type for norm in kernels.squared_norms(weight, mask.bool())] == ["cuda", "cuda"]
+        with pytest.raises(RuntimeError, match=r"(?i)device"):
+            kernels.add_scaled_([grad], [weight], [mask.cpu()], 0.5)
 
 
 # ----------------------------------------------------- captured updates
