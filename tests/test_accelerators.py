@@ -88,6 +88,7 @@ def test_kernels_stay_on_the_device(dtype):
         factor = torch.empty((), dtype=torch.float64, device="cuda")
         kernels.add_scaled_([grad], [weight], [mask], 0.5)
         kernels.add_scaled_([grad], [weight], [mask], factor)
+        kernels.add_scaled_(*([tensor.to("cuda:1")] for tensor in (grad, weight, mask)), factor)  # as torch's own scale
         kernels.clear_(weight, mask)
         assert [norm.device.type for norm in kernels.squared_norms(weight, mask.bool())] == ["cuda", "cuda"]
         with pytest.raises(RuntimeError, match=r"(?i)device"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SMALL = 4096  # elements
-CHUNK = 1 << 19  # elements on CPU
+CHUNK = 1 << 18  # elements on CPU
 CHUNK_ACCELERATOR = 1 << 25  # elements on a GPU: bounds the temporary memory without starving the device
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,14 +28,15 @@ def add_scaled_(
 ) -> None:
     """Add ``factor · mask · weight`` to each gradient in place.
 
-    ``factor`` is a Python float, or a 0-dim tensor on the gradients' device, which is never read on the host. A mask is
+    ``factor`` is a Python float, or a 0-dim tensor on a device of theirs, which is never read on the host. A mask is
     uint8 or of the weight's dtype.
     """
     alike: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for grad, weight, mask in zip(grads, weights, masks, strict=True):
         if isinstance(factor, Tensor):
+            there = factor.to(weight.device)  # the model may be spread over several
             for grad_part, weight_part, mask_part in _chunks(grad, weight, mask):
-                grad_part.add_(torch.mul(weight_part, mask_part).mul_(factor))
+                grad_part.add_(torch.mul(weight_part, mask_part).mul_(there))
         elif mask.dtype is weight.dtype:
             alike[0].append(grad)
             alike[1].append(weight)
@@ -89,9 +90,7 @@ def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     dtype = tensors[0].dtype
     buffer = None
     for *parts, mask in _chunks(*tensors):
-        if mask.dtype == dtype:
-            widened = mask
-        elif mask.dim() != 1:
+        if mask.dim() != 1:
             widened = mask.to(dtype)
         else:
             if buffer is None:
