@@ -42,7 +42,7 @@ def _of_parameter(parameter: Tensor) -> list[Any]:
     return [
         id(parameter),
         parameter.requires_grad,
-        id(hooks.holder_of(parameter)),
+        id(parameter) in hooks.held_parameters(),
         _of_items(vars(parameter)),
         [None if items is None else _of_items(items) for items in hooks_of_gradient],
         _values(parameter),

@@ -132,10 +132,11 @@ def test_a_scalar_parameter_under_adam_needs_no_rows():
         {"steps": 100, "make_optimizer": torch.optim.Adam, "optimizer_options": {"lr": torch.tensor(1e-6)}},
         {"steps": 100, "make_optimizer": torch.optim.Adamax, "optimizer_options": {"lr": 1e-6}},
         {"steps": 100, "optimizer_options": {"lr": torch.tensor(1e-6)}},
+        {"steps": 100, "optimizer_options": {"lr": 1e-6, "momentum": 1.0}},
         {"steps": 100, "max_penalty": 0.0, "optimizer_options": {"lr": 0.1}},
         {"steps": 100, "max_penalty": 0.0, "make_optimizer": torch.optim.Adam},
     ],
-    ids=["enough", "enough Adam", "Adam, tensor", "Adamax", "tensor", "none", "none, Adam"],
+    ids=["enough", "enough Adam", "Adam, tensor", "Adamax", "tensor", "all momentum", "none", "none, Adam"],
 )
 def test_is_silent(options):
     assert train(100, **options)[2] == []

@@ -285,6 +285,20 @@ def test_hold_says_what_is_wrong_and_changes_nothing(masks, error, message):
     assert not prune.is_pruned(model)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: random_ticket(model, 0.5),
+        lambda model: magnitude_masks(model, 0.5),
+        lambda model: LotteryTicket(model),
+        lambda model: hold(model, {"weight": torch.ones(2, dtype=torch.bool)}),
+    ],
+)
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict: give the model itself"):
+        call(dict(make(mlp).state_dict()))
+
+
 def test_what_is_held_already_is_refused():
     model = make(mlp)
     random_ticket(model, 0.5, seed=0)

@@ -196,6 +196,20 @@ def test_goes_back_to_the_transformation_with_an_earlier_checkpoint(tmp_path):
         torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
 
 
+def test_a_callback_that_goes_on_with_another_module(tmp_path):
+    """In a notebook: what comes from the checkpoint is not for the module of the cell before."""
+    saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    callback = RSTCallback(**TICKET)
+    first, _ = fit(callback, callbacks=[saving])
+    before, finished = callback.scheduler, copy.deepcopy(first.net.state_dict())
+    second, _ = fit(callback, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert before.phase == "finetune"
+    assert callback.scheduler is not before
+    assert_sparse(second, callback)
+    for name, value in second.net.state_dict().items():
+        torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
+
+
 class Rows(L.loggers.logger.DummyLogger):
     def __init__(self):
         super().__init__()
@@ -302,6 +316,9 @@ def test_two_ranks_agree_with_one_process(tmp_path):
         ({"finalize_at": True}, ValueError, "got True"),
         ({"finalize_at": "half"}, ValueError, "got 'half'"),
         ({"finalize_at": 0.5, "steps": 10}, ValueError, "give one"),
+        ({"cycles": 0}, ValueError, "cycles must be an integer of at least 1, got 0"),
+        ({"steps": None}, TypeError, "steps must be an integer of at least 1, got None"),
+        ({"schedule": "quadratik"}, ValueError, "did you mean 'quadratic'"),
     ],
 )
 def test_says_what_is_wrong_with_its_arguments_when_it_is_made(settings, error, message):

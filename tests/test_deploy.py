@@ -286,8 +286,18 @@ def test_a_layer_that_torch_refuses_is_named_and_can_be_left_out(stand_in):
     assert [type(layer.weight) for layer in (model[0], model[2])] == [nn.Parameter] * 2
     fast = to_semi_structured(model, exclude=["2", "3"])
     assert [isinstance(fast[index].weight.data, Compressed) for index in (0, 2, 3)] == [True, False, False]
-    with pytest.raises(ValueError, match="the pattern 'head' matches no module of this Sequential"):
+    with pytest.raises(ValueError, match=r"the pattern 'head' matches no module\. .* has: '0', '1', '2', '3'"):
         to_semi_structured(model, exclude=["head"])
+    with pytest.raises(TypeError, match="exclude is a sequence of name patterns"):
+        to_semi_structured(model, exclude="2")
+
+
+def test_a_name_that_is_left_out_stands_for_all_below_it(stand_in):
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 32)).half()
+    random_ticket(model, pattern="2:4", seed=0)
+    fast = to_semi_structured(model, exclude=["0"])
+    assert type(fast[0][0].weight) is nn.Parameter
+    assert isinstance(fast[1].weight.data, Compressed)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,21 @@ def test_another_schedule_may_go_on_from_a_state():
     assert (shorter.progress, shorter.done, shorter.penalty) == (1, True, 1)
 
 
+def test_a_schedule_that_raises_leaves_everything_as_it_was():
+    def breaks(progress):
+        if progress > 0.5:
+            raise ArithmeticError
+        return progress
+
+    model, optimizer, rst = begin()
+    train(model, optimizer, rst, 3, (12,))
+    fresh = begin(seed=None, schedule=breaks)[2]
+    seed = fresh.seed
+    with pytest.raises(ArithmeticError):
+        fresh.load_state_dict(rst.state_dict())
+    assert (fresh.seed, fresh.progress) == (seed, 0)
+
+
 def test_weights_changed_without_a_trace_before_a_second_finalize():
     """Through ``.data``: nothing tells them from those that the first one set to zero."""
     model, optimizer, rst = begin()

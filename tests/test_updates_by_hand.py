@@ -132,6 +132,36 @@ def test_by_hand_for_a_part_of_the_updates():
     assert_same_life(train)
 
 
+def test_apply_penalty_to_gradients_that_leave_no_trace():
+    """Evolution strategies and numpy write to ``.data``: each gradient looks as if it were the one before."""
+    layer = nn.Linear(4, 3, bias=False)
+    rst = RSTScheduler(layer, sparsity=0.5, steps=4, seed=0)
+    pruned = ~rst.masks["weight"]
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    for penalty in (0.25, 0.5, 0.75, 1.0):
+        layer.weight.grad.data.fill_(2)
+        rst.apply_penalty()
+        torch.testing.assert_close(layer.weight.grad, 2 + penalty * pruned * layer.weight.detach())
+        rst.step()
+    assert rst.done
+
+
+def test_apply_penalty_to_a_first_gradient_without_a_trace():
+    """The optimizer of torch that goes on from there carries the penalty again, an update later at the most."""
+    layer = nn.Linear(4, 3, bias=False)
+    rst = RSTScheduler(layer, sparsity=0.5, steps=4, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    rst.apply_penalty()
+    rst.step()
+    for _ in range(2):
+        layer.weight.grad.data.fill_(2)
+        optimizer.step()
+        rst.step()
+    assert rst.progress == 0.75
+    torch.testing.assert_close(layer.weight.grad, 2 + 0.75 * ~rst.masks["weight"] * layer.weight.detach())
+
+
 def test_apply_penalty_without_a_gradient():
     rst = RSTScheduler(make(mlp), sparsity=0.5)
     with pytest.raises(RuntimeError, match=r"apply_penalty\(\) found no gradient .* after loss\.backward\(\)"):
@@ -185,9 +215,9 @@ def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
     optimizer = Momentum(model.parameters(), through_data=True)
     rst = RSTScheduler(model, sparsity=0.5)
     with pytest.warns(
-        UserWarning, match=r"step\(\) was called 100 times, but no .*: if there were any, the updates come"
+        UserWarning, match=r"step\(\) was called 1,000 times, but no .*: if there were any, the updates come"
     ):
-        train_forgetfully(model, optimizer, rst, 100)
+        train_forgetfully(model, optimizer, rst, 1000)
 
 
 def test_an_optimizer_of_another_library_that_takes_over_is_noticed():

@@ -123,6 +123,8 @@ def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: in
             f"{what}, the masked weights will diverge: lr times penalty must stay below {limit:g}, what this SGD bears."
             f" Lower max_penalty to less than {limit / lr:.3g}, unless lr falls before the penalty is there."
         ]
+    if momentum >= 1:  # nothing ever comes to an end
+        return []
     what = f"with lr={rate_ahead:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
     shrinks_by = updates * rate_ahead * sum(penalties) * (1 - dampening) / (1 - momentum)
     if 0 < shrinks_by < -math.log(_LEFT):

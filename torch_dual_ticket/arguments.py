@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from .hooks import holder_of
+from .hooks import held_parameters
 from .wrappers import unwrapped_modules
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ STATE_VERSION = 1
 
 def check_unheld(targets: list[Target]) -> None:
     """No other scheduler holds a target."""
-    if any(holder_of(target.parameter) is not None for target in targets):
+    mine = {id(target.parameter) for target in targets}
+    if not mine.isdisjoint(held_parameters()):
         gc.collect()  # it may be one that was dropped, and waits for this
+    held = held_parameters()
     for target in targets:
-        if holder_of(target.parameter) is not None:
+        if id(target.parameter) in held:
             raise ValueError(
                 f"{target.name} is held by another RSTScheduler. Call remove() on that one first (a copied model has"
                 f" none: prune.remove(layer, {target.places[0].tensor_name!r})), or leave the layer out with"
@@ -91,7 +93,7 @@ def check_trained(ticket: Ticket, ticks: int) -> None:
     _check_untied(ticket)
     for hold in _replaced(ticket):
         hold.detach()
-    ticket.check_reachable()
+    ticket.check_reachable(stacklevel=4)
     check_holds(ticket)
 
 

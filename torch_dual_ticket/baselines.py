@@ -15,14 +15,13 @@ with a new optimizer: the momentum of masked weights, and of weights that were r
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING
 
 from .agreement import agree_on_seed
 from .arguments import check_directions, check_unheld
 from .chosen_masks import ChosenMask, find_masked
 from .magnitude import magnitude_masks, remove_smallest, rounds_of_counts
-from .mask_views import MaskView, apply_masks
+from .mask_views import MaskView, apply_masks, sparsity_of, still_held
 from .planning import make_plan
 from .schedules import check_integer
 from .targets import DEFAULT_TARGETS, find_targets
@@ -62,11 +61,10 @@ class HeldMasks:
     @property
     def sparsity(self) -> float:
         """The fraction of masked weights over all held parameters."""
-        masks = self._still_held().values()
-        return sum(mask.pruned_weights for mask in masks) / max(1, sum(math.prod(mask.shape) for mask in masks))
+        return sparsity_of(self._still_held())
 
     def _still_held(self) -> dict[str, Mask]:
-        return {name: mask for name, mask in self._masks.items() if name not in self._ticket.given_up}
+        return still_held(self._masks, self._ticket)
 
     def apply_masks(self, model: nn.Module) -> None:
         """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
@@ -153,7 +151,7 @@ class LotteryTicket:
         rounds: 1 for one-shot pruning, more for iterative.
         distribution: "uniform", "erk", or "global"; as for :func:`magnitude_masks`.
         targets: module types whose ``weight`` is masked.
-        exclude: fnmatch patterns of module names that stay dense.
+        exclude: fnmatch patterns of module names that stay dense, with all below them.
 
     Raises:
         TypeError, ValueError: arguments that cannot be used; the model is left as it was.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .targets import find_targets
+from .targets import check_model, find_targets
 from .wrappers import unwrapped_modules, unwrapped_parameters
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ def find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[T
     """The parameters that these masks, by parameter name, are for.
 
     Raises:
-        TypeError: a mask that is no bool tensor.
+        TypeError: ``model`` is no module, or a mask that is no bool tensor.
         ValueError: no mask at all, a name that stands for no parameter of these types, or another shape than the
             parameter's.
     """
+    check_model(model)
     if not masks:
         raise ValueError("there is nothing to hold: masks is empty")
     for name, mask in masks.items():

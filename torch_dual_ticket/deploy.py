@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .shards import is_sharded
-from .targets import runs_forward
+from .targets import check_exclusions, is_excluded, runs_forward
 from .wrappers import unwrapped_modules
 
 if TYPE_CHECKING:
@@ -49,13 +48,14 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Modu
 
     Args:
         model: finalised; wrappers (DDP, ``torch.compile``) are left out of the copy.
-        exclude: :mod:`fnmatch` patterns of module names that stay dense: layers of a shape that torch refuses.
+        exclude: :mod:`fnmatch` patterns of module names that stay dense, with all below them: layers of a shape that
+            torch refuses.
 
     Returns:
         A plain model in evaluation mode: nothing is held, and semi-structured weights cannot be trained.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``exclude`` no sequence of names.
         ValueError: no layer is 2:4, a pattern matches no module, or torch refuses a layer, which is named, for its
             device, shape or dtype. ``model`` is never changed.
 
@@ -67,14 +67,11 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Modu
         ...     fast = to_semi_structured(model.half().cuda())
     """
     fast = plain_copy(model)
-    names = [name for name, _ in fast.named_modules()]
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"exclude: the pattern {pattern!r} matches no module of this {type(fast).__name__}")
+    check_exclusions(exclude, [name for name, _ in fast.named_modules()])
     layers = {
         name: layer
         for name, layer in _linear_layers(fast)
-        if not any(fnmatchcase(name, pattern) for pattern in exclude) and _is_two_of_four(layer.weight)
+        if not is_excluded(name, exclude) and _is_two_of_four(layer.weight)
     }
     if not layers:
         raise ValueError(

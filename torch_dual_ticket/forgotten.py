@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-IDLE_TICKS = 100  # more than GradScaler ever skips at its start
+IDLE_TICKS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
 
 
 def warn_of_missing_penalty(changed: Sequence[str], *, other_than_given: bool) -> None:
     """Of weights that change, by name, or ticks that pass, while no update carries the penalty."""
-    what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {IDLE_TICKS} times"
+    what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {IDLE_TICKS:,} times"
     others = (
         "something else than the optimizer that was given to the scheduler"
         if other_than_given

@@ -84,6 +84,12 @@ class Hold(prune.BasePruningMethod):
                 return plain
         return found
 
+    def is_in_place(self) -> bool:
+        """Whether the layer lives and has this hook; optimizers that had the parameter may keep a hold for longer."""
+        layer = self._layer()
+        hooks = {} if layer is None else layer.__dict__.get("_forward_pre_hooks", {})
+        return self.attached and hooks.get(self.hook_id) is self
+
     def check_reachable(self) -> None:
         """The parameter is where it was; ``RuntimeError`` if something has taken it away."""
         if self.parameter() is None:

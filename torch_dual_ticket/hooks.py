@@ -1,4 +1,4 @@
-"""The only place that touches somebody's training loop: what happens before and after each optimizer step.
+"""What happens before and after each step of an optimizer.
 
 One pair of hooks for all optimizers is installed in a process, once and for good: taking a hook away while an optimizer
 walks over its hooks is not safe, and the garbage collector may drop a scheduler at any moment.
@@ -51,14 +51,10 @@ def register(ticket: Ticket) -> None:
             _installed = True
 
 
-def holder_of(parameter: Tensor) -> Hold | None:
-    """The hold on a parameter, if any ticket in this process has one."""
-    for ref in _tickets:
-        ticket = ref()
-        for hold in () if ticket is None else ticket.holds:
-            if hold.parameter() is parameter:
-                return hold
-    return None
+def held_parameters() -> set[int]:
+    """The ids of the parameters that tickets in this process hold."""
+    tickets = [ticket for ref in _tickets if (ticket := ref()) is not None]
+    return {id(hold.parameter()) for ticket in tickets for hold in ticket.holds}
 
 
 def groups_of(optimizer: Optimizer) -> Groups:
@@ -73,6 +69,11 @@ def _held(optimizer: Optimizer, *, enforcing: bool) -> list[tuple[Ticket, Held]]
         if ticket is not None and ticket.enforcing is enforcing and (held := ticket.held_by(optimizer)):
             found.append((ticket, held))
     return found
+
+
+def _enforced(optimizer: Optimizer) -> list[tuple[Hold, Tensor]]:
+    """The holds that keep zeros in this optimizer's parameters."""
+    return [entry[:2] for _, held in _held(optimizer, enforcing=True) for entry in held]
 
 
 def _penalised(optimizer: Optimizer) -> list[tuple[Ticket, Held]]:
@@ -131,19 +132,17 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         if ticket is not None:
             ticket.note_update(optimizer)
     with torch.no_grad():
-        for _, held in _held(optimizer, enforcing=True):
-            for hold, parameter, _ in held:
-                # Without a gradient it was hardly updated, and backward() may still need it; or the step was one that
-                # writes to .data, which nobody counts, and has freed the gradient.
-                hold.zero(parameter, counted=parameter.grad is not None or not hold.is_clean(parameter))
+        for hold, parameter in _enforced(optimizer):
+            # Without a gradient it was hardly updated, and backward() may still need it; or the step was one that
+            # writes to .data, which nobody counts, and has freed the gradient.
+            hold.zero(parameter, counted=parameter.grad is not None or not hold.is_clean(parameter))
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    enforced = _held(optimizer, enforcing=True)
+    enforced = _enforced(optimizer)
     with torch.no_grad():
-        for _, held in enforced:
-            for hold, parameter, _ in held:
-                hold.watch.over(parameter)
+        for hold, parameter in enforced:
+            hold.watch.over(parameter)
     penalised = _penalised(optimizer)
     if penalised and in_rehearsal(sys._getframe()):
         return None
@@ -167,10 +166,9 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
     @functools.wraps(closure)
     def penalised() -> Any:
         with torch.no_grad():
-            for _, held in _held(optimizer, enforcing=True):
-                for hold, parameter, _ in held:
-                    if not hold.is_clean(parameter):
-                        hold.zero(parameter)
+            for hold, parameter in _enforced(optimizer):
+                if not hold.is_clean(parameter):
+                    hold.zero(parameter)
         with _evaluation(optimizer) as done:
             loss = closure()
         with torch.no_grad():

@@ -44,17 +44,17 @@ class LocalMask:
         address = (weight.data_ptr(), weight.dtype)
         if self._drawn is not None and self._drawn_at == address and type(parameter) is nn.Parameter:
             return self._drawn  # the common case, kept short: small models take this path more often than any other
-        self._drawn_at = address
         key = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
-        if self._drawn is not None and self._drawn_for == key:
-            return self._drawn
-        self._check_shape(parameter, weight)
-        with torch.inference_mode(False):  # a mask that is kept outlives an evaluation in inference mode
-            kept = self._mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-            formed = self._formed(kept, weight)
-        if self.is_stored_for(weight):
+        if self._drawn is None or self._drawn_for != key:
+            self._check_shape(parameter, weight)
+            with torch.inference_mode(False):  # a mask that is kept outlives an evaluation in inference mode
+                kept = self._mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
+                formed = self._formed(kept, weight)
+            if not self.is_stored_for(weight):
+                return formed
             self._drawn, self._drawn_for = formed, key
-        return formed
+        self._drawn_at = address
+        return self._drawn
 
     def parts(self, parameter: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the weight, and their part of a mask that is not stored."""
@@ -79,7 +79,7 @@ class LocalMask:
         return rows, self._masked(mask)
 
     def squared_norms(self, parameter: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of squares of the masked weights and of all weights, as float64 scalars on the weight's device."""
+        """The sums of squares of the masked weights and of all weights: scalars on its device, as of the kernel."""
         if self.is_stored_for(weight):
             return squared_norms(weight, self._masked(self.whole(parameter, weight)))
         parts = [squared_norms(weight[rows], self._masked(mask)) for rows, mask in self.parts(parameter, weight)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .distributions import validate_sparsity
 from .patterns import input_dim, parse_pattern, pruned_units
 from .planning import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
-from .shards import is_sharded, reshard
+from .shards import reshard, whole
 from .targets import DEFAULT_TARGETS, find_targets
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def magnitude_masks(
         pattern: "unstructured", or "n:m": of every m weights along the input dimension the n largest stay.
         within: earlier masks; what they remove goes first, so that masks are nested.
         targets: module types whose ``weight`` is masked.
-        exclude: fnmatch patterns of module names that stay dense.
+        exclude: fnmatch patterns of module names that stay dense, with all below them.
 
     Returns:
         Parameter name -> bool tensor on the parameter's device, True = kept; for :func:`hold`.
@@ -109,8 +109,7 @@ def remove_smallest(
     for target in targets:
         if _ALL not in counts and target.name not in counts:
             continue  # stays dense
-        weight: Any = target.parameter
-        magnitude: Tensor = (weight.full_tensor() if is_sharded(weight) else weight).detach().abs()
+        magnitude = whole(target.parameter).detach().abs()
         earlier = None if within is None else within.get(target.name)
         if earlier is not None:
             magnitude = magnitude.masked_fill(~earlier.to(magnitude.device), -1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from .masks import Mask
     from .tickets import Ticket
+
+    SomeMask = TypeVar("SomeMask", bound=Mask)
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
@@ -45,6 +48,17 @@ def zero_masked(parameter: Tensor, mask: Mask) -> None:
     clear_(weight, kept.to(torch.uint8))
 
 
+def still_held(masks: Mapping[str, SomeMask], ticket: Ticket) -> dict[str, SomeMask]:
+    """Those of parameters that the ticket has not given up."""
+    return {name: mask for name, mask in masks.items() if name not in ticket.given_up}
+
+
+def sparsity_of(masks: Mapping[str, Mask]) -> float:
+    """The fraction of masked weights over all of them together."""
+    weights = sum(math.prod(mask.shape) for mask in masks.values())
+    return sum(mask.pruned_weights for mask in masks.values()) / max(1, weights)
+
+
 class MaskView(Mapping[str, Tensor]):
     """The masks by parameter name, each drawn when it is asked for."""
 
@@ -53,7 +67,8 @@ class MaskView(Mapping[str, Tensor]):
         self._ticket = ticket
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name].draw(device=self._ticket.device_of(name))
+        devices = [hold.device() for hold in self._ticket.holds if hold.name == name]  # none if it is held no more
+        return self._masks[name].draw(device=devices[0] if devices else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)

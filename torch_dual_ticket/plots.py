@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .residuals import MAX_RESIDUAL
 from .summary import summary
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .scheduler import RSTScheduler
 
 _BLUE, _RED, _ORANGE, _GREY = "tab:blue", "tab:red", "tab:orange", "0.6"
-_WARNED_OF = 0.01  # the residual above which finalize() warns
 _LONGEST_NAME = 60
 _FEW = 30  # records, whose points are shown: a line through one would be nothing
 _LETTER = 5.2  # points that a letter of small text takes
@@ -146,7 +146,7 @@ def _draw_residuals(axes: Axes, records: Sequence[Record], marker: str) -> None:
     if any(value > 0 for _, value in whole):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.axhline(_WARNED_OF, color=_RED, linestyle="--", linewidth=1, label="finalize() warns above this")
+        axes.axhline(MAX_RESIDUAL, color=_RED, linestyle="--", linewidth=1, label="finalize() warns above this")
     axes.legend(fontsize="small")
     axes.set_ylabel("residual: share of the norm\nin masked weights")
 

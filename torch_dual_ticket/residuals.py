@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .schedules import Timeline
     from .tickets import Ticket
 
-_MAX_RESIDUAL = 0.01
+MAX_RESIDUAL = 0.01  # above which finalize() warns
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def measure(ticket: Ticket) -> Report:
 
 def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
-    if report.total.residual <= _MAX_RESIDUAL:
+    if report.total.residual <= MAX_RESIDUAL:
         return
     if not math.isfinite(report.total.residual):
         advice = "Weights are not finite any more: the training has diverged. Lower max_penalty or lr"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
 from .residuals import measure, warn_of_outstanding, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
-from .targets import DEFAULT_TARGETS, find_targets
+from .targets import DEFAULT_TARGETS, check_model, find_targets
 from .tickets import Ticket
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class RSTScheduler:
         distribution: "uniform", or "erk" (Erdős–Rényi-Kernel).
         pattern: "unstructured", "n:m" (n of every m inputs stay), "block:RxC", "filter" (outputs), "channel" (inputs).
         targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``.
-        exclude: fnmatch patterns of module names that stay dense.
+        exclude: fnmatch patterns of module names that stay dense, with all below them.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
         optimizer: the only one whose updates carry the penalty. None: any that holds a target.
         store_masks: False computes the masks from the seed at each use: slow, but saves a byte of memory per weight.
@@ -90,8 +89,7 @@ class RSTScheduler:
         optimizer: torch.optim.Optimizer | None = None,
         store_masks: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model itself")
+        check_model(model)
         self._timeline = Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
         given_seed = None if seed is None else check_integer("seed", seed)
         found = find_targets(model, targets, exclude)
@@ -125,13 +123,15 @@ class RSTScheduler:
         """One tick of the schedule: call it once per update, before or after ``optimizer.step()``; λ grows.
 
         It advances only if an update carried the penalty since the last call, so a step that ``GradScaler`` skipped
-        does not count. After :meth:`finalize` it does nothing.
+        does not count. After :meth:`finalize` it does nothing. It warns where no update carries the penalty and, after
+        a tenth of the schedule, where the penalty will not do what it is for. ``RuntimeError`` where a target is out of
+        reach (weight_norm has replaced it, say), or a CUDA graph is being captured.
         """
         ticket = self._ticket
         if ticket.enforcing:
             return
         if not ticket.everything_carried():
-            ticket.check_reachable()
+            ticket.check_reachable(stacklevel=3)
             if not ticket.holds:
                 return
         if not (self._ticks or self._seed_is_given):
@@ -172,8 +172,8 @@ class RSTScheduler:
     def apply_penalty(self) -> None:
         """Add λ·w to ``.grad`` by hand: between ``backward()`` and an update that is no ``torch.optim.Optimizer``'s.
 
-        It silences the optimizer hook until the next :meth:`step`. Go on calling it after :meth:`finalize`: there it
-        keeps the zeros that such an update may have moved.
+        The gradient must be final: accumulated, unscaled and clipped. It silences the optimizer hook until the next
+        :meth:`step`. Go on calling it after :meth:`finalize`: there it restores zeros that such an update has moved.
 
         Raises:
             RuntimeError: no target has a gradient.
@@ -191,10 +191,11 @@ class RSTScheduler:
             layout: "plain" leaves structure, names and parameters as they are; "prune" goes on to :meth:`to_prune`.
 
         Returns:
-            What was pruned and what norm it still had, per layer and in total.
+            What was pruned and what norm it still had, per layer and in total. Collective where weights are sharded.
 
         Raises:
-            RuntimeError: no update ever carried the penalty, or the scheduler was removed.
+            RuntimeError: no update ever carried the penalty, the scheduler was removed, or a target is out of reach.
+            ValueError: an unknown layout, or a model that the layout "prune" cannot carry.
 
         Warns:
             UserWarning: the masked weights still held more than 1 % of the norm, or cycles are outstanding.
@@ -208,7 +209,8 @@ class RSTScheduler:
             if layout == "prune":
                 check_stock_layout(ticket.holds)
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
-            report = self._measure_final_masks()
+            ticket.set_masks(self._plan.masks(self.seed))
+            report = measure(ticket)
             warn_of_residual(report, self._ticks, self._timeline)
             ticket.enforce()
             self._report = report
@@ -216,10 +218,6 @@ class RSTScheduler:
             self.to_prune()
         assert self._report is not None
         return self._report
-
-    def _measure_final_masks(self) -> Report:
-        self._ticket.set_masks(self._plan.masks(self.seed))
-        return measure(self._ticket)
 
     def to_prune(self) -> None:
         """Turn the finalised model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
@@ -249,15 +247,14 @@ class RSTScheduler:
     @property
     def sparsity(self) -> float:
         """The achieved fraction of masked weights over all targets; of the current cycle."""
-        masks = self._masks().values()
-        return sum(mask.pruned_weights for mask in masks) / max(1, sum(math.prod(mask.shape) for mask in masks))
+        return mask_views.sparsity_of(self._masks())
 
     def _masks(self) -> dict[str, MaskSpec]:
-        masks = self._plan.masks(self.seed, -1 if self._ticket.enforcing else self._cycle)
-        return {name: mask for name, mask in masks.items() if name not in self._ticket.given_up}
+        cycle = -1 if self._ticket.enforcing else self._cycle
+        return mask_views.still_held(self._plan.masks(self.seed, cycle), self._ticket)
 
     def residual(self) -> float:
-        """‖masked weights‖ / ‖all target weights‖: what :meth:`finalize` would take away now. Reads every weight."""
+        """‖masked weights‖ / ‖all target weights‖ now. Reads every weight; collective where they are sharded."""
         return measure(self._ticket).total.residual
 
     def apply_masks(self, model: nn.Module) -> None:
@@ -302,19 +299,21 @@ class RSTScheduler:
         # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
         mine = self.seed if self._seed_is_given or self._ticks or ticket.enforcing else seed
         arguments.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
-        self.seed = seed
-        self._ticks = min(ticks, self._timeline.ticks)
+        ticks = min(ticks, self._timeline.ticks)
+        penalty = self._timeline.penalty(ticks)  # a schedule may raise
+        self.seed, self._ticks = seed, ticks
         ticket.resume(pending)
         if phase == "finetune":
             if not ticket.enforcing:
-                self._report = self._measure_final_masks()
+                ticket.set_masks(self._plan.masks(self.seed))
+                self._report = measure(ticket)
                 ticket.enforce()
             return
         if ticket.enforcing:
             ticket.relax()
         ticket.set_masks(self._plan.masks(self.seed, self._cycle))
-        ticket.penalty = self._timeline.penalty(self._ticks)
+        ticket.penalty = penalty
 
     def _fingerprints(self, seed: int) -> dict[str, str]:
-        masks = self._plan.masks(seed)
-        return {name: mask.fingerprint for name, mask in masks.items() if name not in self._ticket.given_up}
+        masks = mask_views.still_held(self._plan.masks(seed), self._ticket)
+        return {name: mask.fingerprint for name, mask in masks.items()}

@@ -96,21 +96,15 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
         ValueError: an exclusion that matches no module, a lazy, frozen or integer parameter, a reparametrisation under
             which zeros would not survive, or no target at all.
     """
+    check_model(model)
     if not isinstance(types, Sequence):
         raise TypeError(f"{_TARGETS_ARE}; got {types!r}")
     pairs = [_check_type(entry) for entry in types]
-    if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
-        raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
-    _refuse_fsdp1(model)
     reshard(model)
     modules = list(unwrapped_modules(model))
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name, _ in modules):
-            known = ", ".join(repr(name) for name, _ in modules[1:9]) + (", …" if len(modules) > 9 else "")
-            raise ValueError(f"exclude: the pattern {pattern!r} matches no module. The model has: {known}")
-
+    check_exclusions(exclude, [name for name, _ in modules])
     for pair in pairs:
-        _check_matches(pair, [(name, layer) for name, layer in modules if not _is_excluded(name, exclude)])
+        _check_matches(pair, [(name, layer) for name, layer in modules if not is_excluded(name, exclude)])
 
     first_names: dict[int, str] = {}
     for name, parameter in unwrapped_parameters(model):
@@ -118,7 +112,7 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     found: dict[int, Target] = {}
     excluded: set[int] = set()
     for layer_name, layer in modules:
-        if _is_excluded(layer_name, exclude):  # a tied parameter of it may also belong to a layer that is not
+        if is_excluded(layer_name, exclude):  # a tied parameter of it may also belong to a layer that is not
             excluded.update(id(parameter) for parameter in layer._parameters.values() if parameter is not None)
             continue
         for tensor_name in _tensor_names(layer, pairs):
@@ -164,7 +158,10 @@ def _user(place: Place, modules: dict[str, nn.Module]) -> Place | None:
     return None
 
 
-def _refuse_fsdp1(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """A module, of layers that have their own weights."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model itself")
     for name, module in model.named_modules():
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
             raise ValueError(
@@ -180,7 +177,18 @@ def _check_type(entry: TargetType) -> tuple[type, str]:
     return module_type, pattern
 
 
-def _is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:
+def check_exclusions(exclude: Sequence[str], names: Sequence[str]) -> None:
+    """A sequence of patterns, each of which matches one of these modules."""
+    if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
+        raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = ", ".join(map(repr, names[1:9])) + (", …" if len(names) > 9 else "")
+            raise ValueError(f"exclude: the pattern {pattern!r} matches no module. The model has: {known}")
+
+
+def is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:
+    """Whether a pattern matches the module or one that it is in."""
     parts = layer_name.split(".")
     lineage = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(fnmatchcase(name, pattern) for name in lineage for pattern in exclude)

@@ -37,7 +37,7 @@ class Ticket:
 
     def __init__(self, model: nn.Module | None = None, *, stores_masks: bool = True) -> None:
         self.stores_masks = stores_masks
-        self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket: no cycle
+        self._holds: list[weakref.ref[Hold]] = []  # the layers own their holds, which own the ticket
         self.detached = 0  # holds that have ended
         self.zeroed: dict[str, Zeroed] = {}  # by parameter name: a tied one is zeroed at one of its places
         self._names: dict[str, None] = {}  # of the parameters, in their order
@@ -56,6 +56,7 @@ class Ticket:
         self._carrying: int | None = None  # id of the optimizer whose step is about to carry the penalty
         self._found_inf: Tensor | None = None  # 0 if an update since the last tick was not skipped for infinities
         self._round = 0  # ticks that had an update: it has used the gradients that it found
+        self._round_is_over = False  # once the update comes for which apply_penalty() was called before the tick
         self._idle_ticks = 0
         self.patience = math.inf  # updates of one optimizer after which a first tick is missed
         self._has_warned = False
@@ -91,8 +92,8 @@ class Ticket:
 
     @property
     def holds(self) -> list[Hold]:
-        """Those whose layers are alive, in the order of the parameters."""
-        return [hold for ref in self._holds if (hold := ref()) is not None and hold.attached]
+        """Those that are in place, in the order of the parameters."""
+        return [hold for ref in self._holds if (hold := ref()) is not None and hold.is_in_place()]
 
     @property
     def primary_holds(self) -> list[Hold]:
@@ -102,11 +103,7 @@ class Ticket:
             first.setdefault(hold.name, hold)
         return list(first.values())
 
-    def device_of(self, name: str) -> torch.device:
-        """Where a parameter is; the CPU if it is held no more."""
-        return next((hold.device() for hold in self.holds if hold.name == name), torch.device("cpu"))
-
-    def check_reachable(self) -> None:
+    def check_reachable(self, stacklevel: int) -> None:
         """Every parameter is where it was; ``RuntimeError`` names the first that is not.
 
         One whose layer is gone is given up, with a warning: a head may have been exchanged on purpose.
@@ -116,11 +113,14 @@ class Ticket:
         lost = [name for name in self._names if name not in known]
         if lost:
             self.given_up.update(lost)
+            for ref in self._holds:
+                if (hold := ref()) is not None and hold.name in lost:  # an optimizer keeps it
+                    hold.detach()
             warnings.warn(
                 f"{', '.join(lost[:3])}{', …' if lost[3:] else ''} will not be pruned any more: the layer was dropped"
                 " or replaced in the model, or its hooks were cleared, after the scheduler was built. To prune what is"
                 " in its place, build a new RSTScheduler, after remove() on this one.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
         for hold in holds:
             hold.check_reachable()
@@ -204,7 +204,9 @@ class Ticket:
         if not self._has_warned and (bypassed or self._idle_ticks >= IDLE_TICKS):
             self._has_warned = True
             warn_of_missing_penalty(bypassed, other_than_given=self.optimizer is not None)
-        if self.update_pending and not self.by_hand:  # what is done by hand may come before the tick and the update
+        if self.update_pending and self.silenced:  # what is done by hand may come before the tick and the update
+            self._round_is_over = True
+        elif self.update_pending:
             self._round += 1
         self.update_pending = self.silenced = False
         self._carrying = None
@@ -215,6 +217,7 @@ class Ticket:
         self._carrying = self._found_inf = None
         self.patience = math.inf
         self._round += 1
+        self._round_is_over = False
         self.carried.clear()
         self.carriers.clear()
         self._version_at_tick.clear()
@@ -286,6 +289,8 @@ class Ticket:
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
         self.reshard()
+        self._round += self._round_is_over
+        self._round_is_over = False
         self.by_hand = self.silenced = True
         looked_up = [(hold, hold.parameter()) for hold in self.holds]
         everything = {id(parameter): (hold, parameter) for hold, parameter in looked_up if parameter is not None}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from ..scheduler import RSTScheduler
+from ..schedules import Timeline, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _DEFAULT_FRACTION = 0.5
+_TIMELINE = ("steps", "hold", "cycles", "max_penalty", "schedule")
 
 
 def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> None:
@@ -23,7 +26,10 @@ def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> No
     ...
     ValueError: finalize_at must be a fraction of the training in (0, 1], got 1.5
     """
-    inspect.signature(RSTScheduler).bind(None, **settings)
+    given = inspect.signature(RSTScheduler).bind(None, **{"steps": 1, **settings})
+    given.apply_defaults()
+    steps, hold, cycles, max_penalty, schedule = itemgetter(*_TIMELINE)(given.arguments)
+    Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
     if finalize_at is None:
         return
     if isinstance(finalize_at, bool) or not isinstance(finalize_at, (int, float)) or not 0 < finalize_at <= 1:

@@ -73,10 +73,14 @@ class RSTCallback(Callback):
         self._module: LightningModule | None = None
         self._loaded: dict[str, Any] | None = None  # a state that came before there was a scheduler
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._module is not pl_module:  # a state that is about to be restored is not for the old
+            self.scheduler = self.report = self._module = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._module is not pl_module:
             settings = fitted(trainer.estimated_stepping_batches, self._finalize_at, self._settings)
-            self.scheduler, self.report = RSTScheduler(pl_module, **settings), None
+            self.scheduler = RSTScheduler(pl_module, **settings)
             self._module = pl_module
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
