@@ -68,6 +68,13 @@ def test_files_are_short_and_named_for_what_they_hold():
     assert [path.name for path in FILES if path.stem in {"utils", "util", "helpers", "common", "misc"}] == []
 
 
+def test_the_readme_says_where_each_thing_lives():
+    rows = [row for row in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"[\w/]+\.py", row.split("|")[1])}
+    mine = {path.name for path in FILES if path.parent == PACKAGE and path.name != "__init__.py"}
+    assert mine <= {name.rpartition("/")[2] for name in named}
+
+
 def test_imports_run_in_one_direction():
     graph = {module_name(path): imported_modules(path) for path in FILES}
     assert "torch_dual_ticket.masks" in graph["torch_dual_ticket.pruning"]
