@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from functools import partial
 
 import torch
-from measuring import arguments, machine, ratios, spread, table
+from measuring import arguments, machine, ratios, seconds, spread, table
 from networks import NETWORKS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -132,10 +131,9 @@ def alike(models, x):
             for _ in range(times):
                 model(x)
 
-    turn(models["dense"], 2)
-    start = time.perf_counter()
-    turn(models["dense"], 2)
-    times = max(1, round(2 * LEAST_SECONDS / (time.perf_counter() - start)))
+    twice = partial(turn, models["dense"], 2)
+    twice()
+    times = max(1, round(2 * LEAST_SECONDS / seconds(twice, str(x.device))))
     return {name: partial(turn, model, times) for name, model in models.items()}
 
 

@@ -61,7 +61,7 @@ def ratios(
     gc.disable()
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            times[name].append(_time(candidate, device))
+            times[name].append(seconds(candidate, device))
     gc.enable()
     result = {}
     for name, mine in times.items():
@@ -124,7 +124,8 @@ def spread(value: tuple[float, float, float]) -> str:
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
-def _time(candidate: Callable[[], object], device: str) -> float:
+def seconds(candidate: Callable[[], object], device: str) -> float:
+    """How long one call takes, on the device."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -99,7 +99,9 @@ def make_step(way, network, batch, optimizer_name, compiled, device):
         masks = dict(rst.masks)
         rst.remove()
         for name, kept in masks.items():
-            prune.custom_from_mask(model.get_submodule(name.removesuffix(".weight")), "weight", kept)
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            prune.custom_from_mask(layer, "weight", kept)
+            next(iter(layer._forward_pre_hooks.values())).mask = None  # a copy that other methods do not keep
         rst = None
     elif way == "term of the loss":
         penalised = [(model.get_parameter(name), (~kept).to(torch.float32)) for name, kept in rst.masks.items()]

@@ -3,6 +3,8 @@
 python examples/amp_accumulation_clipping.py
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -20,7 +22,7 @@ torch.manual_seed(0)
 digits = load_digits()
 x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
 loader = DataLoader(TensorDataset(x[:1408], y[:1408]), batch_size=BATCH, shuffle=True)
-updates = EPOCHS * len(loader) // ACCUMULATE
+updates = EPOCHS * math.ceil(len(loader) / ACCUMULATE)
 
 model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)).to(device)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -35,7 +37,7 @@ for _ in range(EPOCHS):
         with torch.autocast(device, dtype):
             loss = F.cross_entropy(model(images.to(device)), labels.to(device)) / ACCUMULATE
         scaler.scale(loss).backward()
-        if i % ACCUMULATE == 0:
+        if i % ACCUMULATE == 0 or i == len(loader):
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)  # the penalty comes in here: after unscaling and clipping, once per update

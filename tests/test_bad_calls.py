@@ -151,6 +151,18 @@ CALLS = {
         ValueError,
         DAMAGED + r"masks=\[1\]",
     ),
+    "load-report": (
+        underway,
+        lambda rst: rst.load_state_dict({**STATE, "report": [["first.weight", 1]]}),
+        ValueError,
+        DAMAGED + r"report=\[\['first.weight', 1\]\]",
+    ),
+    "load-report-of-text": (
+        underway,
+        lambda rst: rst.load_state_dict({**STATE, "report": [["first.weight", "1", 2, 0.0, 1.0]]}),
+        ValueError,
+        DAMAGED + "report=",
+    ),
     "load-seed": (
         lambda: underway(seed=1),
         lambda rst: rst.load_state_dict(STATE),

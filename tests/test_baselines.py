@@ -273,7 +273,7 @@ def test_a_mask_goes_on_the_direction_under_weight_norm_but_may_not_empty_it():
         ({"0.weight": [[True]]}, TypeError, "0.weight must be a bool tensor.*list"),
         ({"0.weight": torch.ones(12, 20, dtype=torch.bool)}, ValueError, r"shape \(12, 20\), the parameter \(20, 12\)"),
         ({"9.weight": torch.ones(2, dtype=torch.bool)}, ValueError, "the model has no such parameter"),
-        ({"0.bias": torch.ones(20, dtype=torch.bool)}, ValueError, "none of the module types"),
+        ({"0.bias": torch.ones(20, dtype=torch.bool)}, ValueError, "none of the types in `targets`"),
     ],
 )
 def test_hold_says_what_is_wrong_and_changes_nothing(masks, error, message):
@@ -297,6 +297,24 @@ def test_hold_says_what_is_wrong_and_changes_nothing(masks, error, message):
 def test_what_is_no_module_is_refused(call):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict: give the model itself"):
         call(dict(make(mlp).state_dict()))
+
+
+def test_a_random_ticket_that_is_refused_draws_no_seed():
+    model, layer = make(mlp), parametrizations.weight_norm(nn.Linear(4, 3))
+    random_ticket(model, 0.5, seed=0)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="is held by another"):
+        random_ticket(model, 0.9)
+    with pytest.raises(ValueError, match="would empty a whole slice"):
+        random_ticket(layer, 0.9)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_mask_by_the_other_name_of_a_tied_weight():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'1\.weight' has no parameter to go on: it is tied to 0\.weight: name that"):
+        hold(model, {"1.weight": torch.ones(4, 4, dtype=torch.bool)})
 
 
 def test_what_is_held_already_is_refused():
@@ -351,9 +369,3 @@ def test_any_block_of_a_chosen_mask_is_a_block_of_the_whole(drawn):
     assert torch.equal(mask.draw(offset=offset, size=size), expected)
     assert torch.equal(mask.draw(), kept)
     assert mask.pruned_weights == math.prod(shape) - int(kept.sum())
-
-
-def test_fingerprints_tell_chosen_masks_apart():
-    masks = [torch.tensor(bits).view(2, 2) > 0 for bits in ([0, 1, 1, 0], [0, 1, 1, 1])]
-    prints = {ChosenMask(mask).fingerprint for mask in [*masks, masks[0].view(4), masks[0].clone()]}
-    assert len(prints) == 3

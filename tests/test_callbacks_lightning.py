@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:the masked weights still held"),  # schedules as short as these leave more
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # of torch, used by Lightning
 ]
@@ -54,6 +55,9 @@ class Module(L.LightningModule):
 
     def training_step(self, batch, index):
         return self.loss(batch)
+
+    def test_step(self, batch, index):
+        self.loss(batch)
 
     def configure_optimizers(self):
         return sgd(self.parameters())
@@ -180,6 +184,9 @@ def test_resumes_from_a_checkpoint(tmp_path, epoch, seed):
     fit(resumed, module, ckpt_path=tmp_path / "last.ckpt")
     expected, _ = plain_loop(seed=first_seed)
     assert resumed.scheduler.seed == first_seed
+    if epoch == 3:
+        assert resumed.report == callback.report
+        assert resumed.report.total.residual > 0
     assert_sparse(module, resumed)
     assert_same(module.net, expected)
 
@@ -208,6 +215,25 @@ def test_a_callback_that_goes_on_with_another_module(tmp_path):
     assert_sparse(second, callback)
     for name, value in second.net.state_dict().items():
         torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
+
+
+def test_a_state_that_comes_with_another_module_to_test_is_not_taken(tmp_path):
+    """Lightning restores callbacks for tests and validations too."""
+    saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    callback = RSTCallback(**TICKET)
+    module, trainer = fit(callback, callbacks=[saving])
+    trainer.test(Module(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert_sparse(module, callback)
+    trainer.test(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)  # dense, as it was then
+    assert callback.scheduler.phase == "transform"
+
+    fresh = RSTCallback(**TICKET)
+    L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[fresh]).test(
+        Module(), loader(), ckpt_path=tmp_path / "epoch=3.ckpt", verbose=False
+    )
+    assert fresh.scheduler is None
+    trained, _ = fit(fresh)
+    assert_same(trained.net, plain_loop()[0])
 
 
 class Rows(L.loggers.logger.DummyLogger):

@@ -180,7 +180,7 @@ def test_resumes_from_a_checkpoint(tmp_path, step, seed, restore):
     with pytest.raises(InterruptionError):
         trainer_of(tmp_path, [callback, Interrupt(step)], **options).train()
     assert callback.scheduler.progress == min(1, step / (UPDATES // 2))
-    first_seed = callback.scheduler.seed
+    first_seed, of_before = callback.scheduler.seed, callback
 
     model = network()
     with torch.no_grad():
@@ -192,8 +192,18 @@ def test_resumes_from_a_checkpoint(tmp_path, step, seed, restore):
     (callback,) = [callback for callback in resumed.callback_handler.callbacks if isinstance(callback, RSTCallback)]
     expected, _ = plain_loop(seed=first_seed)
     assert callback.scheduler.seed == first_seed
+    if step == 20:
+        assert callback.report == of_before.report
+        assert callback.report.total.residual > 0
     assert_sparse(resumed.model, callback.scheduler)
     assert_same(resumed.model, expected)
+
+
+def test_two_in_one_trainer_are_refused(tmp_path):
+    """It saves their states under one name."""
+    pair = [RSTCallback({"*encoder*": 0.9}), RSTCallback({"classifier": 0.5})]
+    with pytest.raises(ValueError, match="keeps the state of one RSTCallback: give one, with a mapping"):
+        trainer_of(tmp_path, pair).train()
 
 
 def test_another_model_begins_anew(tmp_path):

@@ -747,6 +747,8 @@ def is_running(pid):
         (["--data", "fashion-mnist", "--data-dir", "nowhere"], "apt-get install dataset-fashion-mnist"),
         (["--sparsity", "90"], "between 0 and 1"),
         (["--updates", "40", "--cycles", "5"], "too few"),
+        (["--updates", "100", "--delay", "0.95"], "too few"),
+        (["--pattern", "2:4", "--methods", "L1", "--magnitude", "global"], "is for --pattern unstructured"),
         (["--methods", "magic"], "invalid choice"),
         (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
         (["--pattern", "2:4", "--methods", "RST", "--sparsity", "0.9"], "means a sparsity of 0.5"),

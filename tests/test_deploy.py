@@ -292,6 +292,30 @@ def test_a_layer_that_torch_refuses_is_named_and_can_be_left_out(stand_in):
         to_semi_structured(model, exclude="2")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_two_of_four_layers_of_a_transformer_are_kept_off_its_fast_path(stand_in, monkeypatch):
+    """Its kernel for dense weights, taken where no gradient is wanted, is an error for semi-structured ones."""
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).half()
+    held = random_ticket(model, {"layers.1.linear1": 0.5}, pattern="2:4", seed=0)
+    fast = to_semi_structured(model)
+    held.remove()
+    monkeypatch.setattr(torch.overrides, "has_torch_function", lambda tensors: False)  # torch's own type has none
+    dense, seen = torch._transformer_encoder_layer_fwd, []
+
+    def counted(*arguments):
+        seen.append(any(isinstance(argument, Compressed) for argument in arguments))
+        return dense(*arguments)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
+    x, padding = torch.randn(2, 5, 64).half(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.inference_mode():
+        for options in ({}, {"src_key_padding_mask": padding}):
+            torch.testing.assert_close(fast(x, **options)[0], model.eval()(x, **options)[0], rtol=1e-2, atol=1e-2)
+    assert True not in seen
+    assert False in seen
+
+
 def test_a_name_that_is_left_out_stands_for_all_below_it(stand_in):
     model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 32)).half()
     random_ticket(model, pattern="2:4", seed=0)

@@ -67,6 +67,23 @@ def assert_equal(mine, theirs):
 
 
 @needs_fsdp2
+@on_two_ranks
+def test_each_stage_of_a_pipeline_writes_its_own_ticket(tmp_path):
+    """The first rank of its mesh does, which need not be rank 0."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank = torch.distributed.get_rank()
+    meshes = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1])]
+    stage = fully_shard(make(uneven), mesh=meshes[rank])
+    rst = finalised(stage)
+    save_ticket(rst, tmp_path / f"stage{rank}")
+    everywhere(None)
+    assert sorted(os.listdir(tmp_path)) == ["stage0", "stage1"]
+    assert_equal(read_ticket(tmp_path / f"stage{rank}"), gathered(stage))
+
+
+@needs_fsdp2
 @pytest.mark.parametrize("spread", [fsdp2, tensor_parallel], ids=lambda spread: spread.__name__)
 @on_two_ranks
 def test_sharded_models_write_and_read_the_files_of_whole_ones(spread, tmp_path):

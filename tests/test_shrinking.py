@@ -407,7 +407,7 @@ def test_arguments_of_several_kinds():
     model = built(Two)
     random_ticket(model, 0.5, pattern="filter", exclude=["b"], seed=0)
     x, scale = torch.randn(1, 6), torch.randn(1, 3)
-    for inputs in ((x, scale), [x, scale], {"x": x, "scale": scale}):
+    for inputs in ((x, scale), [x, scale], {"x": x, "scale": scale}, (x, torch.tensor(0.5))):
         small = shrink(model, inputs)
         assert widths(small) == [(5, 6), (3, 5)]
         torch.testing.assert_close(small(x, scale)["out"], model(x, scale)["out"])

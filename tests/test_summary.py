@@ -256,6 +256,20 @@ def test_rich_draws_the_same_cells(monkeypatch):
     assert "\x1b[1m" in page.getvalue()
 
 
+@pytest.mark.parametrize("where", ["a notebook", "colours are forced"])
+def test_text_is_text_wherever_it_is_made(where, monkeypatch):
+    console = pytest.importorskip("rich.console")
+    model = make(mlp)
+    expected = str(summary(model))
+    if where == "a notebook":
+        monkeypatch.setattr(console, "_is_jupyter", lambda: True)
+    else:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLORTERM", "truecolor")
+    assert str(summary(model)) == expected
+    assert "\x1b" not in expected
+
+
 def test_long_names_are_put_in_blocks(drawn_by):
     model = long_names()
     rst = RSTScheduler(model, 0.9, exclude=["*.0.attention"])

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from .hooks import held_parameters
+from .residuals import LayerReport, Report
 from .wrappers import unwrapped_modules
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def generator_unchanged_on_error() -> Iterator[None]:
         raise
 
 
-def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int]:
-    """Ticks, pending, phase and seed of a state of an RSTScheduler, which the ticket can go on from."""
+def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int, Report]:
+    """Ticks, pending, phase, seed and report of a state of an RSTScheduler, which the ticket can go on from."""
     fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
     try:
         values = {name: state[name] for name in fields}
@@ -145,6 +146,10 @@ def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, st
     wrong = {name: value for name, value in values.items() if not isinstance(value, fields[name])}
     if not wrong and (values["ticks"] < 0 or values["phase"] not in ("transform", "finetune")):
         wrong = {name: values[name] for name in ("ticks", "phase")}
+    try:
+        report = Report.of([LayerReport(*row) for row in state.get("report", [])])
+    except (TypeError, ValueError):
+        wrong["report"] = state["report"]
     if wrong:
         listed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         raise ValueError(f"a damaged state_dict() of an RSTScheduler, with {listed}. Load it as it was saved.")
@@ -153,7 +158,7 @@ def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, st
     if state["phase"] == "finetune":
         check_holds(ticket)
         _check_untied(ticket)
-    return state["ticks"], state["update_pending"], state["phase"], state["seed"]
+    return state["ticks"], state["update_pending"], state["phase"], state["seed"], report
 
 
 def check_same_masks(mine: Mapping[str, str], theirs: Mapping[str, str], seeds: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from .agreement import agree_on_seed
-from .arguments import check_directions, check_unheld
+from .arguments import check_directions, check_unheld, generator_unchanged_on_error
 from .chosen_masks import ChosenMask, find_masked
 from .magnitude import magnitude_masks, remove_smallest, rounds_of_counts
 from .mask_views import MaskView, apply_masks, sparsity_of, still_held
@@ -135,7 +135,9 @@ def random_ticket(
     found = find_targets(model, targets, exclude)
     plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern)
     found = [target for target in found if target.name in plan.shapes]
-    return HeldMasks(model, found, plan.masks(agree_on_seed(given, plan, model)))
+    check_unheld(found)
+    with generator_unchanged_on_error():
+        return HeldMasks(model, found, plan.masks(agree_on_seed(given, plan, model)))
 
 
 class LotteryTicket:

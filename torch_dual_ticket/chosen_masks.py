@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -39,11 +38,6 @@ class ChosenMask:
     def pruned_weights(self) -> int:
         return self._kept.numel() - int(self._kept.count_nonzero())
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits; equal for equal masks."""
-        return hashlib.sha256(f"{self.shape}".encode() + bytes(self._kept.flatten().tolist())).hexdigest()[:16]
-
     def draw(
         self,
         *,
@@ -73,7 +67,8 @@ def find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[T
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"the mask of {name} must be a bool tensor, True = kept; got {kind}")
-    wanted = {id(parameter) for name, parameter in unwrapped_parameters(model) if name in masks}
+    everything = dict(unwrapped_parameters(model))
+    wanted = {id(parameter) for name, parameter in everything.items() if name in masks}
     # Layers without a mask may be frozen, lazy or already pruned: they are left out before anything is asked of them.
     others = [
         _literally(name)
@@ -83,8 +78,10 @@ def find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[T
     found = {target.name: target for target in find_targets(model, types, others)} if wanted else {}
     for name, mask in masks.items():
         if name not in found:
-            there = next((other for other, parameter in unwrapped_parameters(model) if other == name), None)
-            why = "it belongs to none of the module types in `targets`" if there else "the model has no such parameter"
+            first = {id(target.parameter): target.name for target in found.values()}.get(id(everything.get(name)))
+            why = "the model has no such parameter"
+            if name in everything:
+                why = f"it is tied to {first}: name that" if first else "it belongs to none of the types in `targets`"
             names = ", ".join(found) or "none"
             raise ValueError(f"the mask of {name!r} has no parameter to go on: {why}. Found: {names}")
         if tuple(mask.shape) != found[name].shape:

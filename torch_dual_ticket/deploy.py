@@ -94,6 +94,7 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Modu
                 f" out with exclude=[{name!r}]."
             ) from error
         layer.weight = nn.Parameter(converted, requires_grad=False)
+    _leave_fast_paths(fast, set(layers.values()))
     return fast
 
 
@@ -147,18 +148,19 @@ def to_csr(model: nn.Module) -> nn.Module:
         for attribute, child in module._modules.items():  # a layer may stand in several places
             if child in converted:
                 module._modules[attribute] = converted[child]
-    for module in fast.modules():
-        if any(isinstance(part, CSRLinear) for part in module.modules()):
-            _leave_fast_path(module)
+    _leave_fast_paths(fast, set(converted.values()))
     return converted.get(fast, fast)
 
 
-def _leave_fast_path(module: nn.Module) -> None:
+def _leave_fast_paths(model: nn.Module, converted: set[nn.Module]) -> None:
     """Transformers would hand the weights of their layers to kernels for dense ones; these settings stop that."""
-    if isinstance(module, nn.TransformerEncoderLayer):
-        module.activation_relu_or_gelu = 0
-    elif isinstance(module, nn.TransformerEncoder):
-        module.use_nested_tensor = False
+    for module in model.modules():
+        if converted.isdisjoint(module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 class CSRLinear(nn.Module):

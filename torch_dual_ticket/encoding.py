@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def encode(
-    state: Mapping[str, Tensor], specs: Mapping[str, MaskSpec]
+    state: Mapping[str, Tensor], specs: Mapping[str, MaskSpec], *, stored: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The tensors to store, and an entry for each name of the state_dict that says how to make it of them.
 
@@ -29,6 +29,7 @@ def encode(
         state: name -> tensor; names of a tied weight have the same object.
         specs: parameter name -> mask. In the layout of ``torch.nn.utils.prune`` the parameter is found by its names
             there.
+        stored: False makes no copy of any tensor, on ranks that only take part in gathering them.
 
     Raises:
         ValueError: a mask without a parameter of its shape, or masked weights that are not zero.
@@ -54,7 +55,8 @@ def encode(
                 _check_zeros(value, kept, key, mask)
             entry["kept_by"] = mask
             value = value[kept]
-        tensors[key] = _plain_copy(value)
+        if stored:
+            tensors[key] = _plain_copy(value)
     return tensors, entries
 
 

@@ -44,14 +44,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import sealed_file
 from .encoding import decode, describe, encode
-from .shards import is_sharded, local, spread_like
+from .shards import is_first_rank_of, is_sharded, local, spread_like
 from .wrappers import unwrapped_modules, unwrapped_name
 
 if TYPE_CHECKING:
@@ -69,8 +68,9 @@ def save_ticket(rst: RSTScheduler, path: str | os.PathLike[str]) -> None:
     bit, but masked weights, which are not stored: they come back as +0. (After ``to_prune()`` the masked entries of
     ``weight_orig`` may hold anything, and have no effect.) The file appears whole or not at all.
 
-    If parameters are sharded (FSDP2, DTensor) every rank must call it: each tensor is gathered in turn, and rank 0
-    writes. Otherwise it is not collective: under DDP call it on one rank.
+    If parameters are sharded (FSDP2, DTensor) every rank of their mesh must call it: each tensor is gathered in turn,
+    and the mesh's first rank writes. The others return before the file is there: call ``torch.distributed.barrier()``
+    where they read it next. Otherwise it is not collective: under DDP call it on one rank.
 
     Args:
         rst: a scheduler whose ``finalize()`` has been called.
@@ -92,8 +92,9 @@ def save_ticket(rst: RSTScheduler, path: str | os.PathLike[str]) -> None:
         raise RuntimeError("save_ticket() needs the final masks: call finalize() first")
     state = _state_of(rst._model)
     specs = rst._masks()
-    tensors, entries = encode(state, specs)
-    if any(is_sharded(tensor) for tensor in state.values()) and dist.get_rank() != 0:
+    writes = all(is_first_rank_of(tensor) for tensor in state.values())
+    tensors, entries = encode(state, specs, stored=writes)
+    if not writes:
         return
     description = {
         "version": _VERSION,

@@ -6,7 +6,7 @@ import weakref
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .residuals import LayerReport, Report, take_measurement, total_of
+from .residuals import LayerReport, Report, take_measurement
 from .schedules import check_integer
 
 if TYPE_CHECKING:
@@ -209,4 +209,4 @@ class History:
 
 
 def _record(tick: int, phase: str, penalty: float, layers: list[LayerReport]) -> Record:
-    return Record(tick, phase, penalty, Report(tuple(layers), total_of(layers)))
+    return Record(tick, phase, penalty, Report.of(layers))

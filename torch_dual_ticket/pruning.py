@@ -179,7 +179,7 @@ def to_stock_layout(holds: Sequence[Hold]) -> None:
         orig = renamed[f"{name}_orig"]
         assert orig is not None
         module.register_buffer(f"{name}_mask", torch.empty_like(orig, requires_grad=False).copy_(kept))
-        method: Any = prune.CustomFromMask(kept)
+        method: Any = prune.CustomFromMask(None)  # it would keep another copy of the mask
         method._tensor_name = name
         setattr(module, name, method.apply_mask(module))
         module.register_forward_pre_hook(method)

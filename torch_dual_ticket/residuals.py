@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +71,15 @@ class Report:
     layers: tuple[LayerReport, ...]
     total: LayerReport
 
+    @classmethod
+    def of(cls, layers: Sequence[LayerReport]) -> Report:
+        """The report on these layers, with their total."""
+        return cls(tuple(layers), total_of(layers))
+
+    def as_rows(self) -> list[list[Any]]:
+        """The fields of each layer, plain enough to be saved anywhere."""
+        return [list(astuple(layer)) for layer in self.layers]
+
     def __str__(self) -> str:
         rows = [
             (row.name, f"{row.pruned:,}", f"{row.size:,}", percent(row.sparsity), f"{row.residual:.4f}")
@@ -96,7 +105,7 @@ class Measurement:
             LayerReport(name, pruned, size, math.sqrt(masked / total) if total else 0.0, math.sqrt(total))
             for (name, pruned, size), (masked, total) in zip(self.counts, squares.values(), strict=True)
         ]
-        return Report(tuple(layers), total_of(layers))
+        return Report.of(layers)
 
 
 def total_of(layers: Sequence[LayerReport]) -> LayerReport:

@@ -14,7 +14,7 @@ from .agreement import agree_on_seed, check_not_joined, world_size
 from .forgotten import patience
 from .planning import make_plan
 from .pruning import check_stock_layout, to_stock_layout
-from .residuals import measure, warn_of_outstanding, warn_of_residual
+from .residuals import Report, measure, warn_of_outstanding, warn_of_residual
 from .schedules import Timeline, check_integer, resolve
 from .targets import DEFAULT_TARGETS, check_model, find_targets
 from .tickets import Ticket
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .masks import MaskSpec
-    from .residuals import Report
     from .targets import TargetType
 
 
@@ -102,7 +101,7 @@ class RSTScheduler:
             arguments.check_directions(found, plan.masks(self.seed))
         self._plan, self._model, self._ticks, self._advice = plan, model, 0, Advice(self._timeline)
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
-        self._report: Report | None = None
+        self._report = Report.of(())
         self._ticket = ticket = Ticket(model, stores_masks=store_masks)
         ticket.optimizer = None if optimizer is None else weakref.ref(optimizer)
         ticket.take(found, plan.masks(self.seed, cycle=0))
@@ -216,7 +215,6 @@ class RSTScheduler:
             self._report = report
         if layout == "prune":
             self.to_prune()
-        assert self._report is not None
         return self._report
 
     def to_prune(self) -> None:
@@ -276,7 +274,7 @@ class RSTScheduler:
     # -- restarts ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Ticks, phase, seed and a fingerprint of each mask; never the masks, and never the weights."""
+        """Ticks, phase, seed, a fingerprint of each mask, what ``finalize()`` returned; never masks or weights."""
         return {
             "version": arguments.STATE_VERSION,
             "ticks": self._ticks,
@@ -284,6 +282,7 @@ class RSTScheduler:
             "phase": self.phase,
             "seed": self.seed,
             "masks": self._fingerprints(self.seed),
+            "report": self._report.as_rows(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -295,18 +294,18 @@ class RSTScheduler:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
             RuntimeError: a finalised state, but this scheduler holds no layer.
         """
-        (ticks, pending, phase, seed), ticket = arguments.check_state(state, self._ticket), self._ticket
+        (ticks, pending, phase, seed, report), ticket = arguments.check_state(state, self._ticket), self._ticket
         # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
         mine = self.seed if self._seed_is_given or self._ticks or ticket.enforcing else seed
         arguments.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
         ticks = min(ticks, self._timeline.ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         self.seed, self._ticks = seed, ticks
+        self._report = report
         ticket.resume(pending)
         if phase == "finetune":
             if not ticket.enforcing:
                 ticket.set_masks(self._plan.masks(self.seed))
-                self._report = measure(ticket)
                 ticket.enforce()
             return
         if ticket.enforcing:

@@ -22,6 +22,12 @@ def mesh_of(tensor: Tensor) -> Any:
     return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
+def is_first_rank_of(tensor: Tensor) -> bool:
+    """Whether this process is the first of those over which a DTensor is spread; True for a tensor that is whole."""
+    mesh = mesh_of(tensor)
+    return mesh is None or not any(mesh.get_coordinate())
+
+
 def is_offloaded(tensor: Tensor) -> bool:
     """Whether FSDP2 keeps the shard on the CPU, and computes elsewhere."""
     mesh = mesh_of(tensor)

@@ -79,7 +79,7 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
         True
     """
     for tensor in tensors(example_inputs):
-        if tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
+        if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
             raise ValueError(
                 f"example_inputs holds a tensor of shape {tuple(tensor.shape)} in which all is {float(tensor.min())}:"
                 " with that it cannot be seen what makes a difference. Give a batch of data, or noise."

@@ -102,7 +102,9 @@ def as_best_text(table: Table, width: int) -> str:
         return as_text(table, width)
     page = io.StringIO()
     width = max(width, fitted(table, width).width)
-    Console(file=page, width=width).print(as_renderable(table, width))
+    # Whatever the surroundings are: a notebook would show it, and FORCE_COLOR put codes into it.
+    plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
+    Console(file=page, width=width, legacy_windows=False, **plain).print(as_renderable(table, width))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 

@@ -152,7 +152,10 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         parser.error("--engine ray needs Ray: pip install '.[ray]'")
     if options.batch % ranks:
         parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
-    if round(options.search * options.updates) < 5 * options.cycles:
+    if options.pattern != "unstructured" and options.magnitude != "uniform":
+        parser.error(f"--magnitude {options.magnitude} is for --pattern unstructured")
+    search = round(options.search * options.updates)
+    if search < 5 * options.cycles or round(search * (1 - options.delay)) < 2 * options.cycles:
         parser.error(f"--updates {options.updates} leave too few for a search in {options.cycles} cycles")
     try:
         torch.empty(0, device=options.device)

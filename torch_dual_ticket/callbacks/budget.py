@@ -14,6 +14,8 @@ from ..schedules import Timeline, resolve
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..residuals import Report
+
 _DEFAULT_FRACTION = 0.5
 _TIMELINE = ("steps", "hold", "cycles", "max_penalty", "schedule")
 
@@ -72,6 +74,11 @@ def fitted(updates: float, finalize_at: float | None, settings: Mapping[str, Any
             f" are {per_cycle:,} each. Lower hold or cycles, raise finalize_at, or train for longer."
         )
     return {**settings, "steps": per_cycle - hold}
+
+
+def report_of(rst: RSTScheduler | None) -> Report | None:
+    """What ``finalize()`` returned, if it has been called."""
+    return None if rst is None or rst.phase == "transform" else rst.finalize()
 
 
 def warn_if_unfinished(rst: RSTScheduler | None) -> None:

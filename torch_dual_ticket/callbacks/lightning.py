@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..scheduler import RSTScheduler
-from .budget import check_settings, fitted, warn_if_unfinished
+from .budget import check_settings, fitted, report_of, warn_if_unfinished
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ class RSTCallback(Callback):
 
     Attributes:
         scheduler: the :class:`~torch_dual_ticket.RSTScheduler` on the module; None before the training starts.
-        report: what :meth:`~torch_dual_ticket.RSTScheduler.finalize` returned; None before.
+        report: what :meth:`~torch_dual_ticket.RSTScheduler.finalize` returned, also before a restart; None before it.
 
     Raises:
         TypeError, ValueError: arguments that cannot be used; those that depend on the model, when the training starts.
@@ -67,15 +67,18 @@ class RSTCallback(Callback):
         super().__init__()
         check_settings(finalize_at, {"sparsity": sparsity, **settings})
         self.scheduler: RSTScheduler | None = None
-        self.report: Report | None = None
         self._finalize_at = finalize_at
         self._settings = {"sparsity": sparsity, **settings}
         self._module: LightningModule | None = None
         self._loaded: dict[str, Any] | None = None  # a state that came before there was a scheduler
+        self._awaits_state = True  # and not while another module is tested
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self._module is not pl_module:  # a state that is about to be restored is not for the old
-            self.scheduler = self.report = self._module = None
+        """Called in every stage, before a checkpoint brings its state."""
+        if stage == "fit" and self._module is not pl_module:
+            self.scheduler = self._module = None
+        self._loaded = None
+        self._awaits_state = stage == "fit" or self._module is pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._module is not pl_module:
@@ -91,9 +94,9 @@ class RSTCallback(Callback):
         self.log("rst/penalty", rst.penalty, prog_bar=True)
         rst.step()
         if rst.done and rst.phase == "transform":
-            self.report = rst.finalize()
+            report = rst.finalize()
             if trainer.progress_bar_callback is not None:
-                trainer.progress_bar_callback.print(f"{rst} held {self.report.total.residual:.2%} of the norm")
+                trainer.progress_bar_callback.print(f"{rst} held {report.total.residual:.2%} of the norm")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rst = self._scheduler()
@@ -106,10 +109,14 @@ class RSTCallback(Callback):
         return self._loaded or {} if self.scheduler is None else self.scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.scheduler is None:
-            self._loaded = state_dict
-        else:
+        if self.scheduler is not None and self._awaits_state:
             self.scheduler.load_state_dict(state_dict)
+        elif self._awaits_state:
+            self._loaded = state_dict
+
+    @property
+    def report(self) -> Report | None:
+        return report_of(self.scheduler)
 
     def _scheduler(self) -> RSTScheduler:
         if self.scheduler is None:

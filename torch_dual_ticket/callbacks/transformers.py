@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..scheduler import RSTScheduler
-from .budget import check_settings, fitted, warn_if_unfinished
+from .budget import check_settings, fitted, report_of, warn_if_unfinished
 
 if find_spec("transformers") is None:
     raise ImportError("torch_dual_ticket.callbacks.transformers needs Transformers: pip install 'transformers[torch]'")
@@ -46,7 +46,7 @@ class RSTCallback(TrainerCallback, ExportableState):
 
     Attributes:
         scheduler: the :class:`~torch_dual_ticket.RSTScheduler` on the model; None before the training starts.
-        report: what :meth:`~torch_dual_ticket.RSTScheduler.finalize` returned; None before.
+        report: what :meth:`~torch_dual_ticket.RSTScheduler.finalize` returned, also before a restart; None before it.
 
     Raises:
         TypeError, ValueError: arguments that cannot be used; those that depend on the model, when the training starts.
@@ -62,7 +62,6 @@ class RSTCallback(TrainerCallback, ExportableState):
     ) -> None:
         check_settings(finalize_at, {"sparsity": sparsity, **settings})
         self.scheduler: RSTScheduler | None = None
-        self.report: Report | None = None
         self._finalize_at = finalize_at
         self._settings = {"sparsity": sparsity, **settings}
         self._model: nn.Module | None = None
@@ -73,9 +72,13 @@ class RSTCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._model is not model:
             settings = fitted(state.max_steps, self._finalize_at, self._settings)
-            self.scheduler, self.report = RSTScheduler(model, **settings), None
+            self.scheduler = RSTScheduler(model, **settings)
             self._model = model
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if isinstance(saved, list):
+            raise ValueError(
+                "a Trainer keeps the state of one RSTCallback: give one, with a mapping from name patterns as sparsity"
+            )
         saved = saved["attributes"]["saved_scheduler"]
         if state.global_step > 0 and saved is not None:  # else nothing is resumed
             self._scheduler().load_state_dict(saved)
@@ -85,7 +88,7 @@ class RSTCallback(TrainerCallback, ExportableState):
         self._carried = rst.penalty
         rst.step()
         if rst.done and rst.phase == "transform":
-            self.report = rst.finalize()
+            rst.finalize()
 
     def on_log(
         self,
@@ -125,6 +128,10 @@ class RSTCallback(TrainerCallback, ExportableState):
                 f"restore_callback_states_from_checkpoint=True would make this RSTCallback anew without its"
                 f" {', '.join(lost)}, which no JSON file can hold. Leave it off: the ticket resumes without it."
             )
+
+    @property
+    def report(self) -> Report | None:
+        return report_of(self.scheduler)
 
     def _scheduler(self) -> RSTScheduler:
         if self.scheduler is None:
