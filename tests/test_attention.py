@@ -1,5 +1,6 @@
 """Attention: in_proj and separate projections, out_proj whose forward never runs, and the fast path of the encoder."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -167,6 +168,17 @@ def test_the_encoders_fast_path_is_off_until_remove_and_computes_the_same():
     fast, paths = evaluate(model)
     assert paths == ["_transformer_encoder_layer_fwd"]
     assert torch.allclose(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+def test_a_copy_made_during_the_transformation_is_back_on_the_fast_path_after_a_forward():
+    """Also where a layer below, as attention's out_proj, is never called itself."""
+    model = make(encoder_layer)
+    rst = RSTScheduler(model, 0.5, steps=2, seed=0, targets=PROJECTIONS)
+    other = copy.deepcopy(model)
+    evaluate(other)
+    assert evaluate(other)[1] == ["_transformer_encoder_layer_fwd"]
+    assert not any(layer._forward_pre_hooks for layer in other.modules())
+    assert rst.phase == "transform"
 
 
 @pytest.mark.parametrize("phase", ["transform", "finetune"])

@@ -206,6 +206,46 @@ def test_parameter_of_another_shape(shape):
             sgd(layer).step()
 
 
+def test_parameter_of_another_shape_in_the_same_memory():
+    layer = nn.Linear(6, 1000)
+    rst = hold(layer)
+    transformed(layer, rst)
+    layer.weight.data = layer.weight.data[:900]
+    layer.weight.grad = torch.ones(900, 6)
+    with pytest.raises(RuntimeError, match=r"weight has shape \(900, 6\), but had \(1000, 6\) when"):
+        sgd(layer).step()
+
+
+class Fused(nn.Module):
+    """Three layers that were given parts of one tensor: to autograd, a change of one is a change of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6).double()
+        self.parts = nn.ModuleList(nn.Linear(6, 5).double() for _ in range(3))
+        for layer, part in zip(self.parts, torch.randn(15, 6, dtype=torch.float64).chunk(3), strict=True):
+            layer.weight = nn.Parameter(part)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        return sum(layer(x).tanh() for layer in self.parts)
+
+
+def test_parameters_that_are_parts_of_one_tensor():
+    torch.manual_seed(0)
+    model = Fused()
+    rst = hold(model)
+    optimizer = sgd(model)
+    transformed(model, rst, optimizer)
+    finalize_quietly(rst)
+    transformed(model, rst, optimizer)
+    assert_holds_zeros(model, rst)
+    with torch.no_grad():
+        model.parts[1].weight.add_(1)
+    transformed(model, rst, optimizer)
+    assert_holds_zeros(model, rst)
+
+
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
 
@@ -263,6 +303,22 @@ def test_a_layer_that_is_out_of_the_model_but_still_referenced(change):
     assert (old.weight != 0).all()
 
 
+def test_a_layer_of_a_finalised_model_whose_parameter_goes_on_in_another():
+    model = network()
+    rst = hold(model)
+    optimizer = sgd(model)
+    transformed(model, rst, optimizer)
+    finalize_quietly(rst)
+    new = nn.Linear(6, 4).double()
+    new.weight = model[4].weight
+    model[4] = new
+    update(model, rst, optimizer)  # which still knows the parameter by its hold
+    assert int((new.weight == 0).sum()) == 12
+    del optimizer
+    with pytest.warns(UserWarning, match=r"^4\.weight is trained on, but the layer .* gone, and its zeros are held no"):
+        update(model, rst, sgd(model))
+
+
 class Attends(nn.Module):
     def __init__(self):
         super().__init__()
@@ -271,6 +327,27 @@ class Attends(nn.Module):
 
     def forward(self, x):
         return self.attention(x @ self.weights[0], x, x)[0]
+
+
+@pytest.mark.parametrize("which", ["out_proj", "list"])
+@pytest.mark.parametrize("when", ["before finalize", "after finalize"])
+def test_the_owner_of_a_parameter_is_gone(which, when):
+    model = Attends()
+    rst = RSTScheduler(model, 0.5, steps=2, seed=0, targets=(nn.Linear, (nn.ParameterList, "*")))
+    optimizer = sgd(model)
+    transformed(model, rst, optimizer)
+    if when == "after finalize":
+        finalize_quietly(rst)
+    if which == "out_proj":
+        model.attention.out_proj = type(model.attention.out_proj)(6, 6).double()
+    else:
+        model.weights = nn.ParameterList([torch.ones(6, 6, dtype=torch.float64)])
+    if when == "before finalize":
+        with pytest.warns(UserWarning, match="will not be pruned any more"):
+            rst.step()
+        finalize_quietly(rst)
+    transformed(model, rst, optimizer)
+    transformed(model, rst)
 
 
 @pytest.mark.parametrize("which", ["out_proj", "list"])

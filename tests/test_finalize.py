@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import random_ticket
+from torch_dual_ticket.holds import Hold
 
 
 @torch.no_grad()
@@ -259,3 +260,38 @@ def test_zeros_stay_under_an_optimizer_that_writes_to_data_and_frees_gradients(b
         train(model, optimizer, rst, 1, INPUT_SHAPES[build], start=index)
         for name, kept in rst.masks.items():
             assert is_plus_zero(model.get_parameter(name).detach()[~kept])
+
+
+@pytest.mark.filterwarnings("ignore:finalize\\(\\) in cycle", "ignore:the masked weights still held")
+@pytest.mark.parametrize("how", ["finalize", "load_state_dict"])
+def test_an_interruption_leaves_the_transformation(how, monkeypatch):
+    """Some layers are zeroed by then; all of them are still penalised, and none is taken for what it is not."""
+    model = make(mlp)
+    rst = RSTScheduler(model, 0.5, steps=4, cycles=2, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    train(model, optimizer, rst, 2, INPUT_SHAPES[mlp])
+    finished = rst.state_dict() | {"phase": "finetune", "ticks": 8, "seed": rst.seed}
+    masks, state = dict(rst.masks), rst.state_dict()
+    activate, count = Hold.activate, []
+
+    def interrupted(hold):
+        count.append(hold)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        activate(hold)
+
+    monkeypatch.setattr(Hold, "activate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rst.finalize() if how == "finalize" else rst.load_state_dict(finished)
+    monkeypatch.undo()
+    assert (rst.phase, rst.penalty) == ("transform", 0.75)
+    assert rst.state_dict() == state
+    assert all(torch.equal(kept, masks[name]) for name, kept in rst.masks.items())
+    train(model, optimizer, rst, 2, INPUT_SHAPES[mlp])
+    for name, kept in masks.items():
+        assert bool((model.get_parameter(name)[kept] != 0).all())
+    report = finalize_quietly(rst)
+    assert len(report.layers) == len(masks)
+    train(model, optimizer, rst, 2, INPUT_SHAPES[mlp])
+    for name, kept in rst.masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, kept)

@@ -24,6 +24,7 @@ from torch.nn.utils import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_dual_ticket import RSTScheduler, dues, hooks, random_unstructured
+from torch_dual_ticket.baselines import random_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -450,6 +451,23 @@ def test_a_thousand_tickets_are_gone():
     assert all(ref() is None for ref in seen)
     assert pre_hooks(model) == 0
     assert len(hooks._tickets) <= others + 1
+
+
+def test_a_finalised_model_keeps_no_other_whose_parameters_know_their_optimizer() -> None:
+    """As torch's own optimizers in the backward pass have it: a cycle, but one that the collector can see."""
+    teacher, weights = nn.Linear(4, 4), []
+    held = random_ticket(teacher, 0.5, seed=0)
+    for _ in range(3):
+        student = nn.Linear(4, 4)
+        for parameter in student.parameters():
+            parameter._in_backward_optimizers = [torch.optim.SGD([parameter], lr=0.1)]  # type: ignore[attr-defined]
+            parameter.grad = torch.ones_like(parameter)
+            parameter._in_backward_optimizers[0].step()  # type: ignore[attr-defined]
+        weights.append(weakref.ref(student.weight))
+        del student, parameter
+    gc.collect()
+    assert [ref() for ref in weights] == [None] * 3
+    held.remove()
 
 
 @pytest.mark.parametrize("bystander", [False, True], ids=["alone", "another model's optimizer"])

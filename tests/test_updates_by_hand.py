@@ -168,6 +168,27 @@ def test_apply_penalty_without_a_gradient():
         rst.apply_penalty()
 
 
+def test_apply_penalty_without_a_gradient_silences_nothing():
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5, steps=10)
+    with pytest.raises(RuntimeError, match="found no gradient"):
+        rst.apply_penalty()
+    train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 1)
+    assert rst.progress == 0.1
+
+
+def test_weights_that_are_frozen_and_loaded_are_no_updates():
+    """An average that is swapped in and out for an evaluation, say."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5, steps=10)
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        train_forgetfully(model, optimizer, rst, 1)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert rst.progress == 0.3
+
+
 def test_apply_penalty_after_remove():
     """There is nothing to penalise any more, and a loop may go on calling it."""
     model = make(mlp)
@@ -242,6 +263,13 @@ def test_a_forgotten_tick_is_noticed():
             layer.weight.grad = torch.ones_like(layer.weight)
             optimizer.step()
 
+    updates(999)
+    with pytest.raises(UserWarning, match="1,000 updates carried"):  # warnings are errors here
+        updates(1)
+    updates(500)  # and no more
+    rst.step()
+    rst.remove()
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0)
     updates(999)
     with pytest.warns(UserWarning, match=r"1,000 updates carried .* rst\.step\(\) has not .* stays at 0\.0001, and"):
         updates(1)

@@ -135,6 +135,17 @@ def generator_unchanged_on_error() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def masks_unchanged_on_error(ticket: Ticket) -> Iterator[None]:
+    """The final masks are not those of a cycle that goes on."""
+    before = {hold.name: hold.mask for hold in ticket.holds}
+    try:
+        yield
+    except BaseException:
+        ticket.set_masks(before)
+        raise
+
+
 def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int, Report]:
     """Ticks, pending, phase, seed and report of a state of an RSTScheduler, which the ticket can go on from."""
     fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}

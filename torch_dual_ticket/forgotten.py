@@ -1,4 +1,4 @@
-"""What is said where a loop has left out a call."""
+"""What is said where a loop has left out a call, or the model has left out a layer."""
 
 from __future__ import annotations
 
@@ -39,5 +39,24 @@ def warn_of_missing_ticks(updates: int, penalty: float) -> None:
         f"{updates:,} updates carried the penalty, and rst.step() has not been called: λ stays at"
         f" {penalty:.3g}, and the schedule does not end, until it is. Call it after each optimizer.step(), or after"
         " each epoch if steps and hold count epochs.",
+        stacklevel=2,
+    )
+
+
+def warn_of_lost_layers(names: Sequence[str], stacklevel: int) -> None:
+    """Of parameters whose layers are gone, or have no hook of ours any more."""
+    warnings.warn(
+        f"{', '.join(names[:3])}{', …' if names[3:] else ''} will not be pruned any more: the layer was dropped"
+        " or replaced in the model, or its hooks were cleared, after the scheduler was built. To prune what is"
+        " in its place, build a new RSTScheduler, after remove() on this one.",
+        stacklevel=stacklevel,
+    )
+
+
+def warn_of_orphaned_parameter(name: str) -> None:
+    """Of a parameter of a finalised model that another layer has taken over, from within backward()."""
+    warnings.warn(
+        f"{name} is trained on, but the layer that it belonged to is gone, and its zeros are held no more. To hold them"
+        " where it is now: torch_dual_ticket.baselines.hold(model, masks).",
         stacklevel=2,
     )

@@ -88,7 +88,8 @@ class Hold(prune.BasePruningMethod):
         """Whether the layer lives and has this hook; optimizers that had the parameter may keep a hold for longer."""
         layer = self._layer()
         hooks = {} if layer is None else layer.__dict__.get("_forward_pre_hooks", {})
-        return self.attached and hooks.get(self.hook_id) is self
+        has_owner = self._owner() is not None or self.parameter() is not None
+        return self.attached and has_owner and hooks.get(self.hook_id) is self
 
     def check_reachable(self) -> None:
         """The parameter is where it was; ``RuntimeError`` if something has taken it away."""
@@ -124,6 +125,7 @@ class Hold(prune.BasePruningMethod):
         self.__class__ = ActiveHold
         if parameter is not None and not self.is_clean(parameter):
             self.zero(parameter)
+            self.note_zeroed(parameter)
             self.watch.over(parameter)
 
     def deactivate(self) -> None:
@@ -132,12 +134,16 @@ class Hold(prune.BasePruningMethod):
         self.watch.stop()
 
     def zero(self, parameter: Tensor, *, counted: bool = True) -> None:
-        """Set the masked weights to zero. Call it under ``no_grad``.
+        """Set the masked weights to zero. Call it under ``no_grad``, and :meth:`note_zeroed` after it.
 
-        If not ``counted``, backward() takes no offence at it: right where they should be zero already.
+        If not ``counted``, backward() takes no offence at it: right where they should be zero already, or where the
+        change that made them something else has been counted.
         """
         weight = local(parameter)
         self._clear(weight if counted else weight.data, parameter, weight)
+
+    def note_zeroed(self, parameter: Tensor) -> None:
+        """The masked weights are zero as of now; to be called when those of all parameters are."""
         self.ticket.zeroed[self.name] = _stamp(parameter), parameter if is_sharded(parameter) else None
 
     def is_clean(self, parameter: Tensor) -> bool:
@@ -267,7 +273,7 @@ class ActiveHold(Hold):
         parameter = self.parameter()
         if type(parameter) is nn.Parameter and not self.ticket.by_hand and self.is_clean(parameter):
             return  # the common case
-        if parameter is None and module is self._layer():  # and not one that a conversion has given the hook to
+        if parameter is None and self.is_in_place() and module is self._layer():  # not one that a conversion has made
             self.check_reachable()
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
@@ -278,13 +284,16 @@ class ActiveHold(Hold):
             if self.ticket.by_hand or not self.is_clean(shard):
                 with torch.no_grad():
                     self.zero(shard)
+                    self.note_zeroed(shard)
                 zero_masked(parameter, self.mask)
         elif self.ticket.by_hand or not self.is_clean(parameter):
             is_known = stamp is None or stamp[0] == parameter._cdata
             if not is_known and in_functional_call(sys._getframe(1)):
                 return
+            is_counted = stamp is not None and stamp[:2] == _stamp(parameter)[:2]  # whatever has changed it since
             with torch.no_grad():
-                self.zero(parameter, counted=not self.is_clean(parameter))  # or it is in a graph already
+                self.zero(parameter, counted=not is_counted)  # which a graph that has it already would not bear
+                self.note_zeroed(parameter)
                 self.watch.over(parameter)
 
 

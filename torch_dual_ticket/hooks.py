@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from .frames import in_rehearsal
 from .own_hooks import pair
 from .vacancy import watch_collector
+from .zeroing import zero_after_update, zero_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,15 +128,12 @@ def _after_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, k
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        zero_after_update(_enforced(optimizer))
     for ref in _tickets:
         ticket = ref()
         if ticket is not None:
             ticket.note_update(optimizer)
-    with torch.no_grad():
-        for hold, parameter in _enforced(optimizer):
-            # Without a gradient it was hardly updated, and backward() may still need it; or the step was one that
-            # writes to .data, which nobody counts, and has freed the gradient.
-            hold.zero(parameter, counted=parameter.grad is not None or not hold.is_clean(parameter))
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,9 +164,7 @@ def _penalised_closure(closure: Callable[[], Any], optimizer: Optimizer) -> Call
     @functools.wraps(closure)
     def penalised() -> Any:
         with torch.no_grad():
-            for hold, parameter in _enforced(optimizer):
-                if not hold.is_clean(parameter):
-                    hold.zero(parameter)
+            zero_all([(hold, parameter) for hold, parameter in _enforced(optimizer) if not hold.is_clean(parameter)])
         with _evaluation(optimizer) as done:
             loss = closure()
         with torch.no_grad():

@@ -33,7 +33,7 @@ class LocalMask:
         self._stored = stored
         self._drawn: Tensor | None = None
         self._drawn_for: tuple[Any, ...] = ()
-        self._drawn_at: tuple[int, torch.dtype] | None = None
+        self._drawn_at: tuple[int, torch.dtype, torch.Size] | None = None
 
     def is_stored_for(self, weight: Tensor) -> bool:
         """Small masks always are: they take next to nothing."""
@@ -41,7 +41,7 @@ class LocalMask:
 
     def whole(self, parameter: Tensor, weight: Tensor) -> Tensor:
         """All of it; ``weight`` is the local shard of the parameter, and the mask has its shape and layout."""
-        address = (weight.data_ptr(), weight.dtype)
+        address = (weight.data_ptr(), weight.dtype, weight.shape)
         if self._drawn is not None and self._drawn_at == address and type(parameter) is nn.Parameter:
             return self._drawn  # the common case, kept short: small models take this path more often than any other
         key = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))

@@ -42,22 +42,18 @@ class Members:
                 self.held.append((hold, parameter, groups[id(parameter)]))
         self.missing = bool(self._missing)
         self._detached = ticket.detached
-        self._groups = optimizer.param_groups
-        self._listed = [(group, list(group["params"])) for group in self._groups]
+        self._contents = _contents_of(optimizer)
 
     def are_current(self, ticket: Ticket, optimizer: Optimizer) -> bool:
         """Whether neither the model nor the optimizer has other parameters since."""
         return (
-            optimizer.param_groups is self._groups
-            and ticket.detached == self._detached
-            and len(self._groups) == len(self._listed)
-            and all(map(_lists, self._groups, self._listed))
+            ticket.detached == self._detached
+            and _contents_of(optimizer) == self._contents
             and all(map(operator.is_, map(dict.get, self._dicts, self._names), self._parameters))
             and all((hold := ref()) is None or id(hold.parameter()) == known for ref, known in self._missing)
         )
 
 
-def _lists(group: dict[str, Any], listed: tuple[dict[str, Any], list[Tensor]]) -> bool:
-    """Whether a group is still the one with these parameters; they may be exchanged in place."""
-    parameters = group["params"]
-    return group is listed[0] and len(parameters) == len(listed[1]) and all(map(operator.is_, parameters, listed[1]))
+def _contents_of(optimizer: Optimizer) -> list[tuple[int, list[int]]]:
+    """Its groups and their parameters, which may be exchanged in place; by id, so that none of them is kept alive."""
+    return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]

@@ -208,10 +208,11 @@ class RSTScheduler:
             if layout == "prune":
                 check_stock_layout(ticket.holds)
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
-            ticket.set_masks(self._plan.masks(self.seed))
-            report = measure(ticket)
-            warn_of_residual(report, self._ticks, self._timeline)
-            ticket.enforce()
+            with arguments.masks_unchanged_on_error(ticket):
+                ticket.set_masks(self._plan.masks(self.seed))
+                report = measure(ticket)
+                warn_of_residual(report, self._ticks, self._timeline)
+                ticket.enforce()
             self._report = report
         if layout == "prune":
             self.to_prune()
@@ -300,13 +301,13 @@ class RSTScheduler:
         arguments.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
         ticks = min(ticks, self._timeline.ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
-        self.seed, self._ticks = seed, ticks
-        self._report = report
+        if phase == "finetune" and not ticket.enforcing:
+            with arguments.masks_unchanged_on_error(ticket):
+                ticket.set_masks(self._plan.masks(seed))
+                ticket.enforce()
+        self.seed, self._ticks, self._report = seed, ticks, report
         ticket.resume(pending)
         if phase == "finetune":
-            if not ticket.enforcing:
-                ticket.set_masks(self._plan.masks(self.seed))
-                ticket.enforce()
             return
         if ticket.enforcing:
             ticket.relax()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .dues import Dues
-from .forgotten import IDLE_TICKS, warn_of_missing_penalty, warn_of_missing_ticks
+from .forgotten import IDLE_TICKS, warn_of_lost_layers, warn_of_missing_penalty, warn_of_missing_ticks
 from .graphed import GraphedPenalty
 from .holds import Hold
 from .hooks import groups_of, register, updated_by_outer_steps
 from .members import Members
 from .shards import is_sharded, reshard, sum_over_shards, version
+from .zeroing import activate_all, zero_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,12 +116,7 @@ class Ticket:
             for ref in self._holds:
                 if (hold := ref()) is not None and hold.name in lost:  # an optimizer keeps it
                     hold.detach()
-            warnings.warn(
-                f"{', '.join(lost[:3])}{', …' if lost[3:] else ''} will not be pruned any more: the layer was dropped"
-                " or replaced in the model, or its hooks were cleared, after the scheduler was built. To prune what is"
-                " in its place, build a new RSTScheduler, after remove() on this one.",
-                stacklevel=stacklevel,
-            )
+            warn_of_lost_layers(lost, stacklevel + 1)
         for hold in holds:
             hold.check_reachable()
 
@@ -141,12 +136,16 @@ class Ticket:
     def enforce(self) -> None:
         """Set the masked weights to zero, and hold them there. The shards are in place."""
         self._graphed.warn_of_old_graphs()
-        self.enforcing = True
+        self.enforcing, penalty = True, self.penalty
         self.zeroed.clear()
         self.penalty = 0.0
-        with torch.no_grad():
-            for hold in self.holds:
-                hold.activate()
+        try:
+            with torch.no_grad():
+                activate_all(self.holds)
+        except BaseException:  # some hold zeros and some do not
+            self.relax()
+            self.penalty = penalty
+            raise
         torch.clear_autocast_cache()  # it may hold casts of the weights as they were
 
     def relax(self) -> None:  # back to the transformation
@@ -194,7 +193,7 @@ class Ticket:
         versions = {}
         if not (self.everything_carried() or self._graphed.is_captured):
             looked_up = [(hold.name, hold.parameter()) for hold in self.primary_holds if hold.name not in self.carried]
-            versions = {name: version(parameter) for name, parameter in looked_up if parameter is not None}
+            versions = {name: version(found) for name, found in looked_up if found is not None and found.requires_grad}
         bypassed = [name for name, now in versions.items() if self._version_at_tick.get(name, now) != now]
         self._version_at_tick = versions
         self.carried.clear()
@@ -283,24 +282,25 @@ class Ticket:
         else:
             self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
         if self.carriers[id(optimizer)] >= self.patience:
-            warn_of_missing_ticks(self.carriers[id(optimizer)], self.penalty)
             self.patience = math.inf
+            warn_of_missing_ticks(self.carriers[id(optimizer)], self.penalty)
 
     def penalise_by_hand(self) -> bool:
         """For loops whose update no hook sees; returns whether a target had a gradient."""
         self.reshard()
-        self._round += self._round_is_over
-        self._round_is_over = False
-        self.by_hand = self.silenced = True
         looked_up = [(hold, hold.parameter()) for hold in self.holds]
         everything = {id(parameter): (hold, parameter) for hold, parameter in looked_up if parameter is not None}
+        if all(parameter.grad is None for _, parameter in everything.values()):
+            return False
+        self._round, self._round_is_over = self._round + self._round_is_over, False
+        self.by_hand = self.silenced = True
         if self.enforcing:
             for hold, parameter in everything.values():
                 hold.mask_gradient(parameter)
-                hold.zero(parameter)
+            zero_all(list(everything.values()))
         elif self.penalise([(hold, parameter, {}) for hold, parameter in everything.values()]):
             self.update_pending = self._ever_carried = True
-        return any(parameter.grad is not None for _, parameter in everything.values())
+        return True
 
     def penalty_of(self, held: Held) -> Tensor | float:
         """½·λ·‖masked weights‖²: the term of the loss whose gradient the penalty is."""

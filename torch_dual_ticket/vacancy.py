@@ -25,9 +25,10 @@ class Vacancy:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is self:
-                module._forward_pre_hooks.pop(key, None)  # or another thread has: both are in the layer's forward
+        for part in module.modules():  # some are never called, as attention's out_proj
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, Vacancy):
+                    part._forward_pre_hooks.pop(key, None)  # or another thread has: both are in the layer's forward
 
 
 def watch_collector() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .forgotten import warn_of_orphaned_parameter
+from .hooks import held_parameters
 from .shards import is_offloaded
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class GradientWatch:
         self.stop()
         if any(_is_of_another_place(other) for other in (hooks or {}).values()):
             return
-        hook = partial(_uncompiled(), self._hold)
+        hook = partial(_uncompiled(), self._hold, hold.name)
         is_frozen = not parameter.requires_grad
         if is_frozen:  # it may thaw, and its first gradient be clipped; torch takes no hook before that
             parameter.requires_grad_(True)
@@ -85,9 +87,11 @@ def _uncompiled() -> Callable[..., None]:
     return hook
 
 
-def _mask_gradient(hold_ref: weakref.ref[Hold], parameter: Tensor) -> None:
+def _mask_gradient(hold_ref: weakref.ref[Hold], name: str, parameter: Tensor) -> None:
     hold = hold_ref()
     if hold is None:
+        if id(parameter) not in held_parameters():
+            warn_of_orphaned_parameter(name)
         return
     hold.mask_gradient(parameter)
     if parameter.grad is not None:
