@@ -7,6 +7,7 @@ to call hooks that do nothing: one before each layer's forward, and one on each 
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -89,6 +90,8 @@ def _on_rank(rank, ranks, store, wrapper, rounds, path):
     dist.all_gather(gathered, medians)
     if rank == 0:
         torch.save(torch.stack(gathered), path)
+    gc.collect()  # wrapped models keep the group, and its threads, alive
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -95,7 +95,9 @@ def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         else:
             if buffer is None:
                 buffer = torch.empty(mask.shape, dtype=dtype, device=mask.device)
-            widened = buffer[: mask.numel()].copy_(mask)
+            elif mask.shape != buffer.shape:  # the last chunk
+                buffer = buffer[: len(mask)]
+            widened = buffer.copy_(mask)
         yield (*parts, widened)
 
 
