@@ -68,6 +68,19 @@ def assert_equal(mine, theirs):
 
 @needs_fsdp2
 @on_two_ranks
+def test_a_finetuning_state_reaches_the_shards_after_an_evaluation():
+    model, other = (fsdp2(make(uneven)) for _ in range(2))
+    state = finalised(other).state_dict()
+    rst = RSTScheduler(model, 0.5, steps=1, seed=7)
+    look_at(model)
+    rst.load_state_dict(state)
+    weights = gathered(model)
+    for name, kept in rst.masks.items():
+        assert torch.equal(weights[name] != 0, kept)
+
+
+@needs_fsdp2
+@on_two_ranks
 def test_each_stage_of_a_pipeline_writes_its_own_ticket(tmp_path):
     """The first rank of its mesh does, which need not be rank 0."""
     from torch.distributed.device_mesh import DeviceMesh

@@ -304,6 +304,7 @@ class RSTScheduler:
         if phase == "finetune" and not ticket.enforcing:
             with arguments.masks_unchanged_on_error(ticket):
                 ticket.set_masks(self._plan.masks(seed))
+                ticket.reshard()
                 ticket.enforce()
         self.seed, self._ticks, self._report = seed, ticks, report
         ticket.resume(pending)
