@@ -126,7 +126,7 @@ class History:
         at = phase, self._tick // self.every
         if at == self._last or not rst._ticket.holds:  # after remove() there is nothing to see any more
             return
-        if self._last is not None and (self._last[0], phase) == ("transform", "finetune") and rst._report is not None:
+        if self._last is not None and (self._last[0], phase) == ("transform", "finetune") and rst._report.layers:
             self._unread.append((self._tick, "transform", rst._timeline.penalty(rst._ticks), rst._report))
         self._unread.append((self._tick, phase, rst.penalty, take_measurement(rst._ticket)))
         self._last = at
