@@ -48,7 +48,7 @@ COMPILED = [
 
 
 def main() -> None:
-    options = arguments(__doc__, rounds=5, compiled="compiled models instead, which takes a compiler and its time")
+    options = arguments(__doc__, rounds=2, compiled="compiled models instead, which takes a compiler and its time")
     rows, measured = [], set()
     for case in COMPILED if options.compiled else CASES:
         network, batch, optimizer, compiled = case
