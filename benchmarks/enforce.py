@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from measuring import arguments, machine, ratios, spread, table
 
-from torch_dual_ticket.kernels import clear_
-from torch_dual_ticket.masks import MaskSpec
+from torch_dual_ticket._engine.kernels import clear_
+from torch_dual_ticket.masks.seeded import SeededMask
 
 SIZES = {"1M": 1_000_000, "25M": 25_000_000, "200M": 200_000_000}
 BASE = "weight.add_(grad)"
@@ -30,7 +30,7 @@ def main() -> None:
 
 def ways(size, device, *, stock):
     weight, grad = torch.randn(size, device=device), torch.randn(size, device=device)
-    kept = MaskSpec(0, "weight", (size,), round(0.9 * size)).draw(device=device)
+    kept = SeededMask(0, "weight", (size,), round(0.9 * size)).draw(device=device)
     narrow = kept.to(torch.uint8)
     candidates = {
         BASE: lambda: weight.add_(grad, alpha=1e-6),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket.masks import MaskSpec
+from torch_dual_ticket.masks.seeded import SeededMask
 
 SIZES = {"1M": 1_000_000, "25M": 25_000_000}
 LARGEST = 200_000_000
@@ -44,16 +44,16 @@ def ways(size, device):
     pruned = round(0.9 * size)
     return {
         BASE: lambda: torch.randperm(size, device=device),
-        "this library": lambda: MaskSpec(0, "weight", (size,), pruned).draw(device=device),
-        "this library, 2:4": lambda: MaskSpec(0, "weight", (size // 4, 4), size // 2, "2:4").draw(device=device),
+        "this library": lambda: SeededMask(0, "weight", (size,), pruned).draw(device=device),
+        "this library, 2:4": lambda: SeededMask(0, "weight", (size // 4, 4), size // 2, "2:4").draw(device=device),
         "torch.nn.utils.prune": lambda: prune.RandomUnstructured(0.9).compute_mask(weight, ones),
     }
 
 
 def _draw_here(size):
-    MaskSpec(0, "warm-up", (100_000,), 90_000).draw()
+    SeededMask(0, "warm-up", (100_000,), 90_000).draw()
     before = peak_memory("cpu")
-    MaskSpec(0, "weight", (size,), round(0.9 * size)).draw()
+    SeededMask(0, "weight", (size,), round(0.9 * size)).draw()
     return peak_memory("cpu") - before
 
 

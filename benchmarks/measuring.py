@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torch_dual_ticket import hooks
+from torch_dual_ticket._engine import hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from measuring import arguments, machine, ratios, spread, table
 
-from torch_dual_ticket.kernels import add_scaled_
-from torch_dual_ticket.masks import MaskSpec
+from torch_dual_ticket._engine.kernels import add_scaled_
+from torch_dual_ticket.masks.seeded import SeededMask
 
 SIZES = {"1M": 1_000_000, "25M": 25_000_000, "200M": 200_000_000}
 BASE = "grad.add_(weight)"
@@ -37,7 +37,7 @@ def main() -> None:
 
 def ways(size, device, *, all_of_them):
     weight, grad = torch.randn(size, device=device), torch.randn(size, device=device)
-    pruned = MaskSpec(0, "weight", (size,), round(0.9 * size)).draw(device=device).logical_not_()
+    pruned = SeededMask(0, "weight", (size,), round(0.9 * size)).draw(device=device).logical_not_()
     narrow = pruned.to(torch.uint8)
     candidates = {
         BASE: lambda: grad.add_(weight, alpha=PENALTY),

@@ -91,7 +91,7 @@ def make_step(way, network, batch, optimizer_name, compiled, device):
     model = build().to(device)
     x, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-    rst, penalised = None, []
+    rst, penalized = None, []
     if way != "dense":
         stored = way not in SEED_ALONE
         rst = RSTScheduler(model, sparsity=0.9, seed=0, exclude=excluded(network), store_masks=stored)
@@ -104,7 +104,7 @@ def make_step(way, network, batch, optimizer_name, compiled, device):
             next(iter(layer._forward_pre_hooks.values())).mask = None  # a copy that other methods do not keep
         rst = None
     elif way == "term of the loss":
-        penalised = [(model.get_parameter(name), (~kept).to(torch.float32)) for name, kept in rst.masks.items()]
+        penalized = [(model.get_parameter(name), (~kept).to(torch.float32)) for name, kept in rst.masks.items()]
         rst.remove()
         rst = None
     forward = torch.compile(model) if compiled else model
@@ -112,8 +112,8 @@ def make_step(way, network, batch, optimizer_name, compiled, device):
     def step():
         optimizer.zero_grad()
         loss = F.cross_entropy(forward(x), y)
-        if penalised:
-            loss = loss + 0.5e-4 * sum((weight * mask).square().sum() for weight, mask in penalised)
+        if penalized:
+            loss = loss + 0.5e-4 * sum((weight * mask).square().sum() for weight, mask in penalized)
         loss.backward()
         optimizer.step()
         if rst is not None:

@@ -2,13 +2,13 @@
 
 methods (names as in the tables):
   dense               nothing is pruned
-  scratch             a random ticket, trained from initialisation
+  scratch             a random ticket, trained from initialization
   scratch-ERK         the same, with more weights kept in small layers (Erdős–Rényi-Kernel)
   scratch-scaled      scratch from larger weights, so that signals keep their size
   scratch-short       scratch with fewer updates than all others: those that RST has left after its search
   L1                  train, remove the smallest weights, finetune
   GMP                 gradual magnitude pruning: the same little by little, during the search
-  LTH                 lottery ticket: train, remove the smallest weights, rewind to initialisation, train
+  LTH                 lottery ticket: train, remove the smallest weights, rewind to initialization, train
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
   RST                 train under a growing penalty on the weights of a random mask, mask, finetune

@@ -1,7 +1,7 @@
 """Three ways to train one small network, with the same number of updates each.
 
   dense           nothing is pruned
-  random scratch  a random ticket, masked from initialisation and held at zero for all updates
+  random scratch  a random ticket, masked from initialization and held at zero for all updates
   random RST      the same ticket through RST: a growing penalty moves what the masked weights know into the kept
                   ones (transform), then they are set to zero and the rest goes on training (finetune)
 

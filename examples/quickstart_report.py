@@ -55,17 +55,17 @@ def draw(runs: list[Run], sparsities: list[float], finalized: int, path: Path) -
     figure = Figure(figsize=(1 + 4.5 * len(sparsities), 8), layout="constrained")
     rows = figure.subplots(3, len(sparsities), sharex=True, sharey="row", squeeze=False)
     for (top, middle, bottom), sparsity in zip(rows.T, sparsities, strict=True):
-        for method, colour in COLOURS.items():
+        for method, color in COLOURS.items():
             curves = [run.curve for run in runs if run.method == method and run.sparsity in (sparsity, 0.0)]
             lines = {key: np.array([[point[key] for point in curve] for curve in curves]) for key in curves[0][0]}
             updates = lines["update"][0]
             if method == "random RST":
-                top.plot(updates, lines["penalty"][0], color=colour)
-                middle.plot(updates, lines["kept"].mean(0), color=colour, label="kept weights")
+                top.plot(updates, lines["penalty"][0], color=color)
+                middle.plot(updates, lines["kept"].mean(0), color=color, label="kept weights")
                 middle.plot(updates, lines["masked"].mean(0), color="tab:red", label="masked weights")
             accuracy = lines["accuracy"]
-            bottom.plot(updates, accuracy.mean(0), color=colour, label=method)
-            bottom.fill_between(updates, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.2, linewidth=0)
+            bottom.plot(updates, accuracy.mean(0), color=color, label=method)
+            bottom.fill_between(updates, accuracy.min(0), accuracy.max(0), color=color, alpha=0.2, linewidth=0)
         for axes in (top, middle, bottom):
             axes.axvline(finalized, color="0.7", linestyle=":", linewidth=1)
             axes.grid(alpha=0.3)

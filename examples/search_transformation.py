@@ -112,7 +112,7 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
             "" if results[0][name] is None else f"{sum(r[name] for r in results) / len(results):.{digits}}"
             for name, digits in (("masked", "1f"), ("residual", "2%"))
         )
-        penalised, goes_on = row.method in PENALISED, row.method in ANNEALED_ONCE
+        penalized, goes_on = row.method in PENALISED, row.method in ANNEALED_ONCE
         kept = row.optimizer_state or ("new" if row.anneal == "each" else "kept")
         lines.append(
             {
@@ -121,7 +121,7 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
                 "search": f"{100 * row.search:g} %" if row.search else "",
                 "rate falls": row.anneal if goes_on else "",
                 "penalty": row.variant,
-                "hold": f"{row.hold:g}" if penalised else "",
+                "hold": f"{row.hold:g}" if penalized else "",
                 "delay": f"{row.delay:g}" if row.method in DELAYED else "",
                 **({"optimizer at the mask": kept if goes_on else ""} if options.optimizer_states != [""] else {}),
                 **({"BatchNorm": f"{row.recalibrate}" if goes_on else ""} if options.recalibrations != [0] else {}),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_dual_ticket import hooks
+from torch_dual_ticket._engine import hooks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

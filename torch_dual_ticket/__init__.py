@@ -1,6 +1,6 @@
 """Random tickets for PyTorch: train a sparse network chosen before the first batch."""
 
-from .pruning import RandomUnstructured, random_unstructured
+from .prune import RandomUnstructured, random_unstructured
 from .scheduler import RSTScheduler
 
 __all__ = ["RSTScheduler", "RandomUnstructured", "random_unstructured"]

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, mask_views
-from .advice import Advice
-from .agreement import agree_on_seed, check_not_joined, world_size
-from .forgotten import patience
-from .planning import make_plan
-from .pruning import check_stock_layout, to_stock_layout
-from .residuals import Report, measure, warn_of_outstanding, warn_of_residual
-from .schedules import Timeline, check_integer, resolve
-from .targets import DEFAULT_TARGETS, check_model, find_targets
-from .tickets import Ticket
+from ._engine.forgotten import patience
+from ._engine.tickets import Ticket
+from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
+from ._rst import mask_view, validation
+from ._rst.advice import Advice
+from ._rst.ranks import agree_on_seed, check_not_joined, world_size
+from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
+from ._rst.schedule import Timeline, check_integer, resolve
+from .masks.plan import make_plan
+from .prune import check_stock_layout, to_stock_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .masks import MaskSpec
-    from .targets import TargetType
+    from ._model.targets import TargetType
+    from .masks.seeded import SeededMask
 
 
 class RSTScheduler:
@@ -94,11 +94,11 @@ class RSTScheduler:
         found = find_targets(model, targets, exclude)
         plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
         found = [target for target in found if target.name in plan.shapes]
-        arguments.check_unheld(found)
-        arguments.check_optimizer(optimizer, found)
-        with arguments.generator_unchanged_on_error():
+        validation.check_unheld(found)
+        validation.check_optimizer(optimizer, found)
+        with validation.generator_unchanged_on_error():
             self.seed = agree_on_seed(given_seed, plan, model, self._timeline)
-            arguments.check_directions(found, plan.masks(self.seed))
+            validation.check_directions(found, plan.masks(self.seed))
         self._plan, self._model, self._ticks, self._advice = plan, model, 0, Advice(self._timeline)
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
         self._report = Report.of(())
@@ -178,7 +178,7 @@ class RSTScheduler:
             RuntimeError: no target has a gradient.
         """
         with torch.no_grad():
-            if not self._ticket.penalise_by_hand() and self._ticket.holds:
+            if not self._ticket.penalize_by_hand() and self._ticket.holds:
                 raise RuntimeError("apply_penalty() found no gradient on any target; call it after loss.backward()")
 
     # -- the end of the transformation ---------------------------------------------------------------------------------
@@ -203,12 +203,12 @@ class RSTScheduler:
             raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
         ticket = self._ticket
         if not ticket.enforcing:
-            arguments.check_trained(ticket, self._ticks)
+            validation.check_trained(ticket, self._ticks)
             ticket.reshard()
             if layout == "prune":
                 check_stock_layout(ticket.holds)
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
-            with arguments.masks_unchanged_on_error(ticket):
+            with validation.masks_unchanged_on_error(ticket):
                 ticket.set_masks(self._plan.masks(self.seed))
                 report = measure(ticket)
                 warn_of_residual(report, self._ticks, self._timeline)
@@ -219,13 +219,13 @@ class RSTScheduler:
         return self._report
 
     def to_prune(self) -> None:
-        """Turn the finalised model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
+        """Turn the finalized model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
 
         ``weight_orig``, ``weight_mask`` and torch's own hook take over from this library, in the same order.
 
         Raises:
             RuntimeError: before :meth:`finalize`.
-            ValueError: what this layout cannot carry: DTensor, tied, parametrised, not called (attention's out_proj).
+            ValueError: what this layout cannot carry: DTensor, tied, parametrized, not called (attention's out_proj).
         """
         if not self._ticket.enforcing:
             raise RuntimeError("to_prune() needs the final masks: call finalize() first")
@@ -241,16 +241,16 @@ class RSTScheduler:
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool tensor of the full shape, True = kept; of the current cycle. Drawn when asked for."""
-        return mask_views.MaskView(self._masks(), self._ticket)
+        return mask_view.MaskView(self._masks(), self._ticket)
 
     @property
     def sparsity(self) -> float:
         """The achieved fraction of masked weights over all targets; of the current cycle."""
-        return mask_views.sparsity_of(self._masks())
+        return mask_view.sparsity_of(self._masks())
 
-    def _masks(self) -> dict[str, MaskSpec]:
+    def _masks(self) -> dict[str, SeededMask]:
         cycle = -1 if self._ticket.enforcing else self._cycle
-        return mask_views.still_held(self._plan.masks(self.seed, cycle), self._ticket)
+        return mask_view.still_held(self._plan.masks(self.seed, cycle), self._ticket)
 
     def residual(self) -> float:
         """‖masked weights‖ / ‖all target weights‖ now. Reads every weight; collective where they are sharded."""
@@ -263,7 +263,7 @@ class RSTScheduler:
             TypeError: ``model`` is no module.
             ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
         """
-        mask_views.apply_masks(model, self._masks())
+        mask_view.apply_masks(model, self._masks())
 
     def __repr__(self) -> str:
         cycles = self._timeline.cycles
@@ -277,7 +277,7 @@ class RSTScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Ticks, phase, seed, a fingerprint of each mask, what ``finalize()`` returned; never masks or weights."""
         return {
-            "version": arguments.STATE_VERSION,
+            "version": validation.STATE_VERSION,
             "ticks": self._ticks,
             "update_pending": self._ticket.has_pending_update(),
             "phase": self.phase,
@@ -293,16 +293,16 @@ class RSTScheduler:
 
         Raises:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
-            RuntimeError: a finalised state, but this scheduler holds no layer.
+            RuntimeError: a finalized state, but this scheduler holds no layer.
         """
-        (ticks, pending, phase, seed, report), ticket = arguments.check_state(state, self._ticket), self._ticket
+        (ticks, pending, phase, seed, report), ticket = validation.check_state(state, self._ticket), self._ticket
         # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
         mine = self.seed if self._seed_is_given or self._ticks or ticket.enforcing else seed
-        arguments.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
+        validation.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
         ticks = min(ticks, self._timeline.ticks)
         penalty = self._timeline.penalty(ticks)  # a schedule may raise
         if phase == "finetune" and not ticket.enforcing:
-            with arguments.masks_unchanged_on_error(ticket):
+            with validation.masks_unchanged_on_error(ticket):
                 ticket.set_masks(self._plan.masks(seed))
                 ticket.reshard()
                 ticket.enforce()
@@ -316,5 +316,5 @@ class RSTScheduler:
         ticket.penalty = penalty
 
     def _fingerprints(self, seed: int) -> dict[str, str]:
-        masks = mask_views.still_held(self._plan.masks(seed), self._ticket)
+        masks = mask_view.still_held(self._plan.masks(seed), self._ticket)
         return {name: mask.fingerprint for name, mask in masks.items()}

@@ -33,7 +33,7 @@ def dense(job: Job) -> None:
 
 
 def scratch(job: Job, distribution: str = "uniform") -> None:
-    """A random ticket, trained from initialisation."""
+    """A random ticket, trained from initialization."""
     job.ticket = random_ticket(job.model, job.cell.sparsity, distribution=distribution, **job.same_mask)
     job.train(job.cell.updates, job.cell.rate)
 
@@ -56,7 +56,7 @@ def scratch_scaled(job: Job) -> None:
 
 
 def scratch_short(job: Job) -> None:
-    """The random ticket from initialisation, with no more updates than RST has left for it after its search."""
+    """The random ticket from initialization, with no more updates than RST has left for it after its search."""
     job.ticket = random_ticket(job.model, job.cell.sparsity, **job.same_mask)
     job.forgone = job.search
     job.train(job.left, job.cell.rate)
@@ -100,7 +100,7 @@ def gradual(job: Job) -> None:
 
 
 def lottery(job: Job, rounds: int = 1) -> None:
-    """Train, remove the smallest weights, rewind the others to initialisation, train again."""
+    """Train, remove the smallest weights, rewind the others to initialization, train again."""
     job.ticket = ticket = LotteryTicket(
         job.model,
         job.cell.sparsity,

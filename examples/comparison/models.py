@@ -29,7 +29,7 @@ class LeNet300100(nn.Sequential):
 
 
 class SmallConvNet(nn.Sequential):
-    """Four convolutions with batch normalisation, and a linear layer."""
+    """Four convolutions with batch normalization, and a linear layer."""
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         layers: list[nn.Module] = []

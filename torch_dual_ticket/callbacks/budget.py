@@ -8,13 +8,13 @@ import warnings
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from .._rst.schedule import Timeline, resolve
 from ..scheduler import RSTScheduler
-from ..schedules import Timeline, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..residuals import Report
+    from .._rst.residual import Report
 
 _DEFAULT_FRACTION = 0.5
 _TIMELINE = ("steps", "hold", "cycles", "max_penalty", "schedule")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from ..residuals import Report
+    from .._rst.residual import Report
 else:
 
     def _lightning_callback() -> type:
@@ -34,7 +34,7 @@ class RSTCallback(Callback):
     """Transform a random ticket while the first part of a training runs, then set it to zero and finetune.
 
     Give it to the ``Trainer`` of ``lightning`` or ``pytorch_lightning``; where both are installed, import the one you
-    use first. λ rises with each batch that ends in an update, so gradient accumulation, manual optimisation and skipped
+    use first. λ rises with each batch that ends in an update, so gradient accumulation, manual optimization and skipped
     steps of mixed precision need nothing. Checkpoints hold the state of the schedule: resume with ``ckpt_path``.
 
     λ is logged as ``rst/penalty`` (and shown in the progress bar), and at the end of each epoch ``rst/residual`` and
@@ -44,7 +44,7 @@ class RSTCallback(Callback):
     Args:
         sparsity: as for :class:`~torch_dual_ticket.RSTScheduler`.
         finalize_at: the fraction of the trainer's updates at which the masked weights are set to zero, and over which λ
-            rises. None: 0.5, or when the schedule is over if ``steps`` is given. Manual optimisation that does not
+            rises. None: 0.5, or when the schedule is over if ``steps`` is given. Manual optimization that does not
             update in every batch needs ``steps``.
         settings: the other arguments of :class:`~torch_dual_ticket.RSTScheduler`: ``exclude``, ``pattern``, ``seed``, …
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from ..residuals import Report
+    from .._rst.residual import Report
 
 
 class RSTCallback(TrainerCallback, ExportableState):

@@ -1,0 +1,135 @@
+"""Ranks whose masks or penalties differ would drift apart unnoticed: they agree, or are told why not."""
+
+import random
+import sys
+
+import pytest
+import torch
+from halves import uneven_mlp
+from models import make
+from ranks import everywhere, on_two_ranks
+from torch import distributed as dist
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import random_ticket
+
+
+def refused(build, *named: str) -> None:
+    """Both ranks raise the same RuntimeError, with these words in it, and their models stay as they were."""
+    model = make(uneven_mlp)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError) as error:
+        build(model)
+    for words in named:
+        assert words in str(error.value), f"{words!r} is not in {str(error.value)!r}"
+    assert everywhere(str(error.value))[0] == everywhere(str(error.value))[1]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@on_two_ranks
+def test_ranks_agree_although_their_generators_differ():
+    torch.manual_seed(dist.get_rank())
+    random.seed(dist.get_rank())
+    assert everywhere(torch.rand(()).item())[0] != everywhere(torch.rand(()).item())[1]
+    rst = RSTScheduler(make(uneven_mlp), sparsity=0.6)
+    held = random_ticket(make(uneven_mlp), 0.6)
+    assert everywhere(rst.seed)[0] == everywhere(rst.seed)[1]
+    for masks in (rst.masks, held.masks):
+        ours, theirs = everywhere(dict(masks))
+        assert all(torch.equal(ours[name], theirs[name]) for name in masks)
+    state = rst.state_dict()
+    assert everywhere(state)[0] == everywhere(state)[1]
+
+
+@on_two_ranks
+def test_a_seed_that_all_were_given_is_used():
+    assert RSTScheduler(make(uneven_mlp), seed=5).seed == 5
+
+
+@on_two_ranks
+def test_different_seeds():
+    rank = dist.get_rank()
+    refused(lambda model: RSTScheduler(model, seed=rank), "different values of seed", "{0: 0, 1: 1}")
+    refused(lambda model: RSTScheduler(model, seed=rank or None), "different values of seed", "{0: None, 1: 1}")
+    refused(lambda model: random_ticket(model, seed=rank), "different values of seed", "{0: 0, 1: 1}")
+
+
+@on_two_ranks
+def test_different_masks():
+    rank = dist.get_rank()
+    one_more = {"0": 0.5, "2": 0.5, "4": 0.5} | ({"6": 0.5} if rank else {})
+    for settings, named in [
+        ({"sparsity": (0.5, 0.6)[rank]}, ("0.weight", "120 units", "144 units", "same sparsity")),
+        ({"sparsity": one_more}, ("6.weight", "nothing", "2 units")),
+        ({"exclude": ["2"] if rank else []}, ("2.weight", "nothing", "126 units")),
+        # As many weights, but not the same ones:
+        ({"sparsity": 0.5, "exclude": ["2", "4", "6"], "pattern": ("2:4", "unstructured")[rank]}, ("(2:4)",)),
+        ({"distribution": ("uniform", "erk")[rank]}, (".weight",)),
+    ]:
+        refused(lambda model, settings=settings: RSTScheduler(model, **settings), *named)
+
+
+@on_two_ranks
+def test_different_schedules():
+    rank = dist.get_rank()
+    for setting, (ours, theirs) in {
+        "steps": (10, 20),
+        "hold": (0, 5),
+        "cycles": (1, 2),
+        "max_penalty": (1.0, 0.5),
+        "schedule": ("linear", "cubic"),
+    }.items():
+        value = (ours, theirs)[rank]
+        refused(
+            lambda model, setting=setting, value=value: RSTScheduler(model, **{setting: value}),
+            f"different values of {setting}",
+            "{0: ",
+        )
+
+
+@on_two_ranks
+def test_ranks_may_hold_different_layers():
+    """As the stages of a pipeline do."""
+    stage = nn.ModuleDict({f"layer{dist.get_rank()}": nn.Linear(6, 4 + dist.get_rank(), bias=False)})
+    rst = RSTScheduler(stage, sparsity=0.5)
+    assert list(rst.masks) == [f"layer{dist.get_rank()}.weight"]
+    # One name, but two shapes:
+    rst = RSTScheduler(nn.Sequential(nn.Linear(6, 4 + dist.get_rank())), sparsity=(0.5, 0.7)[dist.get_rank()])
+    assert everywhere(rst.seed)[0] == everywhere(rst.seed)[1]
+
+
+def test_a_torch_that_was_built_without_processes(monkeypatch):
+    """Its ``torch.distributed`` has hardly more than ``is_available``."""
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    monkeypatch.delattr(dist, "is_initialized")
+    monkeypatch.delitem(sys.modules, "torch.distributed.fsdp", raising=False)
+    monkeypatch.setitem(sys.modules, "torch.distributed._composable_state", None)  # an import of it fails
+    model = make(uneven_mlp)
+    rst = RSTScheduler(model, sparsity=0.6)
+    model(torch.randn(3, 12, dtype=torch.float64)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    rst.step()
+    assert rst.progress > 0
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@on_two_ranks
+def test_a_scheduler_that_is_older_than_the_process_group(seed):
+    """A seed drawn alone may be another one on each rank; a given seed is not."""
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+    model = make(uneven_mlp)
+    rst = RSTScheduler(model, sparsity=0.6, seed=seed)
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=2)
+    model(torch.randn(3, 12, dtype=torch.float64)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    if seed is None:
+        with pytest.raises(RuntimeError, match=r"built before torch\.distributed was initialized"):
+            rst.step()
+    else:
+        rst.step()
+        assert rst.progress > 0

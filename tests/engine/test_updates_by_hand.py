@@ -1,0 +1,366 @@
+"""Updates that no optimizer of torch makes: ``apply_penalty()``, and what is said where it was forgotten."""
+
+import copy
+
+import pytest
+import torch
+from lives import assert_same_life, updates
+from models import INPUT_SHAPES, finalize_quietly, loss_of, make, mlp
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+
+SHAPE = INPUT_SHAPES[mlp]
+
+
+class Momentum:
+    """An optimizer of another library: torch does not know it."""
+
+    def __init__(self, parameters, lr=0.05, through_data=False):
+        self.parameters, self.lr, self.through_data = list(parameters), lr, through_data
+        self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self):
+        for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
+            if parameter.grad is not None:
+                velocity.mul_(0.9).add_(parameter.grad)
+                (parameter.data if self.through_data else parameter).sub_(velocity, alpha=self.lr)
+
+
+class MasterWeights:
+    """Updates a copy in another precision, and copies it back."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.masters = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
+        self.optimizer = torch.optim.SGD(self.masters, lr=0.05)
+
+    @torch.no_grad()
+    def step(self):
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = parameter.grad.clone()
+        self.optimizer.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.copy_(master)
+
+
+@pytest.mark.parametrize("through_data", [False, True], ids=["in-place", "through-data"])
+@pytest.mark.parametrize("place", ["tick-after", "tick-before"])
+def test_apply_penalty(place, through_data):
+    def train(model, side):
+        optimizer = Momentum(model.parameters(), through_data=through_data)
+        for index in updates(side):
+            model.zero_grad()
+            for part in range(2):
+                loss_of(model, 2 * index + part, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+                side.rst.apply_penalty()  # a second time does nothing
+                if place == "tick-before":
+                    side.tick()
+            optimizer.step()
+            side.updated()
+            if side.by_hand or place == "tick-after":
+                side.tick()
+        loss_of(model, 0, SHAPE)  # what the last update has moved is zero again at the next forward
+
+    assert_same_life(train)
+
+
+def test_apply_penalty_on_master_weights():
+    def train(model, side):
+        optimizer = MasterWeights(model.parameters())
+        for index in updates(side):
+            model.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+            optimizer.step()
+            side.after_update()
+            if side.by_hand and side.finalized:
+                loss_of(model, index, SHAPE)
+        loss_of(model, 0, SHAPE)
+
+    assert_same_life(train)
+
+
+@pytest.mark.parametrize("place", ["tick-after", "tick-before"])
+def test_apply_penalty_silences_the_optimizer(place):
+    """Called in a loop that has an optimizer of torch after all, the penalty comes once."""
+
+    def train(model, side):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for index in updates(side):
+            optimizer.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+                if place == "tick-before":
+                    side.tick()
+            if place == "tick-after":
+                model[2].weight.grad.mul_(0.5)  # the gradient does not look as if it had its penalty
+            optimizer.step()
+            side.updated()
+            if side.by_hand or place == "tick-after":
+                side.tick()
+
+    assert_same_life(train)
+
+
+def test_by_hand_for_a_part_of_the_updates():
+    """A tick ends the silence: the next update by an optimizer of torch carries its penalty again."""
+
+    def train(model, side):
+        ours, theirs = torch.optim.SGD(model.parameters(), lr=0.05), Momentum(model.parameters())
+        for index in updates(side):
+            model.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if index % 3 == 0:
+                if not side.by_hand:
+                    side.rst.apply_penalty()
+                theirs.step()
+            else:
+                ours.step()
+            side.after_update()
+        loss_of(model, 0, SHAPE)
+
+    assert_same_life(train)
+
+
+def test_apply_penalty_to_gradients_that_leave_no_trace():
+    """Evolution strategies and numpy write to ``.data``: each gradient looks as if it were the one before."""
+    layer = nn.Linear(4, 3, bias=False)
+    rst = RSTScheduler(layer, sparsity=0.5, steps=4, seed=0)
+    pruned = ~rst.masks["weight"]
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    for penalty in (0.25, 0.5, 0.75, 1.0):
+        layer.weight.grad.data.fill_(2)
+        rst.apply_penalty()
+        torch.testing.assert_close(layer.weight.grad, 2 + penalty * pruned * layer.weight.detach())
+        rst.step()
+    assert rst.done
+
+
+def test_apply_penalty_to_a_first_gradient_without_a_trace():
+    """The optimizer of torch that goes on from there carries the penalty again, an update later at the most."""
+    layer = nn.Linear(4, 3, bias=False)
+    rst = RSTScheduler(layer, sparsity=0.5, steps=4, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    rst.apply_penalty()
+    rst.step()
+    for _ in range(2):
+        layer.weight.grad.data.fill_(2)
+        optimizer.step()
+        rst.step()
+    assert rst.progress == 0.75
+    torch.testing.assert_close(layer.weight.grad, 2 + 0.75 * ~rst.masks["weight"] * layer.weight.detach())
+
+
+def test_apply_penalty_without_a_gradient():
+    rst = RSTScheduler(make(mlp), sparsity=0.5)
+    with pytest.raises(RuntimeError, match=r"apply_penalty\(\) found no gradient .* after loss\.backward\(\)"):
+        rst.apply_penalty()
+
+
+def test_apply_penalty_without_a_gradient_silences_nothing():
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5, steps=10)
+    with pytest.raises(RuntimeError, match="found no gradient"):
+        rst.apply_penalty()
+    train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 1)
+    assert rst.progress == 0.1
+
+
+def test_weights_that_are_frozen_and_loaded_are_no_updates():
+    """An average that is swapped in and out for an evaluation, say."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5, steps=10)
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        train_forgetfully(model, optimizer, rst, 1)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert rst.progress == 0.3
+
+
+def test_apply_penalty_after_remove():
+    """There is nothing to penalize any more, and a loop may go on calling it."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5)
+    rst.remove()
+    rst.apply_penalty()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+FORGETFUL = {
+    "in-place": lambda model: Momentum(model.parameters()),
+    "master-weights": lambda model: MasterWeights(model.parameters()),
+}
+
+
+def train_forgetfully(model, optimizer, rst, count):
+    for index in range(count):
+        model.zero_grad()
+        loss_of(model, index, SHAPE).backward()
+        optimizer.step()
+        rst.step()
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_a_forgotten_penalty_is_noticed_at_once(name):
+    """At the second tick: the weights have changed, and no update carried the penalty."""
+    model = make(mlp)
+    optimizer = FORGETFUL[name](model)
+    rst = RSTScheduler(model, sparsity=0.5)
+    train_forgetfully(model, optimizer, rst, 1)
+    with pytest.warns(
+        UserWarning, match=r"0\.weight.* changed, but no .* penalty: the updates come from .*rst\.apply_penalty\(\)"
+    ) as caught:
+        train_forgetfully(model, optimizer, rst, 1)
+    assert caught[0].filename == __file__
+    train_forgetfully(model, optimizer, rst, 1)  # it is said once
+    assert rst.progress == 0.0
+    with pytest.raises(RuntimeError, match=r"no update ever carried .* rst\.apply_penalty\(\)"):
+        rst.finalize()
+
+
+def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
+    """Through ``.data``, not even the versions of the weights change."""
+    model = make(mlp)
+    optimizer = Momentum(model.parameters(), through_data=True)
+    rst = RSTScheduler(model, sparsity=0.5)
+    with pytest.warns(
+        UserWarning, match=r"step\(\) was called 1,000 times, but no .*: if there were any, the updates come"
+    ):
+        train_forgetfully(model, optimizer, rst, 1000)
+
+
+def test_an_optimizer_of_another_library_that_takes_over_is_noticed():
+    """What torch's own has carried before does not hide it."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5)
+    train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 3)
+    with pytest.warns(UserWarning, match=r"0\.weight.* changed, but no update carried the penalty"):
+        train_forgetfully(model, Momentum(model.parameters()), rst, 3)
+
+
+@pytest.mark.filterwarnings("ignore:the masked weights still held")
+def test_a_forgotten_tick_is_noticed():
+    """Without it λ never grows, and a loop that waits for rst.done would end with a dense network."""
+    layer = nn.Linear(2, 2)
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    layer.weight.grad = torch.ones_like(layer.weight)
+
+    def updates(count):
+        for _ in range(count):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+
+    updates(999)
+    with pytest.raises(UserWarning, match="1,000 updates carried"):  # warnings are errors here
+        updates(1)
+    updates(500)  # and no more
+    rst.step()
+    rst.remove()
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0)
+    updates(999)
+    with pytest.warns(UserWarning, match=r"1,000 updates carried .* rst\.step\(\) has not .* stays at 0\.0001, and"):
+        updates(1)
+    updates(1000)
+    rst.remove()
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0, steps=10)  # epochs, by the look of it
+    updates(2000)
+    rst.step()
+    updates(1100)  # an epoch may be long
+    resumed = RSTScheduler(copy.deepcopy(layer), sparsity=0.5, seed=0)
+    resumed.load_state_dict(rst.state_dict())
+    rst.remove()
+    layer, optimizer = resumed._model, torch.optim.SGD(resumed._model.parameters(), lr=1e-3)
+    updates(1100)
+
+
+def test_another_optimizer_than_the_one_that_was_given_is_noticed():
+    model = make(mlp)
+    given, used = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
+    rst = RSTScheduler(model, sparsity=0.5, optimizer=given)
+    with pytest.warns(UserWarning, match=r"penalty: the updates come from something else than the opt"):
+        train_forgetfully(model, used, rst, 2)
+
+
+def test_a_layer_that_is_updated_elsewhere_is_noticed():
+    """One layer is in the hands of another library, the others in torch's."""
+    model = make(mlp)
+    ours, theirs = torch.optim.SGD(model[2:].parameters(), lr=0.05), Momentum(model[0].parameters())
+    rst = RSTScheduler(model, sparsity=0.5)
+
+    class Both:
+        def step(self):
+            ours.step()
+            theirs.step()
+
+    with pytest.warns(UserWarning, match=r"^0\.weight changed, but no update carried the penalty"):
+        train_forgetfully(model, Both(), rst, 3)
+
+
+def test_zeros_without_apply_penalty_in_finetuning():
+    """Where it is not called any more after ``finalize()``, each forward puts the zeros right all the same."""
+    model = make(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5, steps=2)
+    train_forgetfully(model, optimizer, rst, 3)
+    finalize_quietly(rst)
+    train_forgetfully(model, Momentum(model.parameters()), rst, 5)
+    loss_of(model, 0, SHAPE)
+    for name, kept in rst.masks.items():
+        assert (model.get_parameter(name)[~kept] == 0).all()
+
+
+def test_apply_penalty_with_a_layer_that_is_used_twice_in_one_graph():
+    """The zeros of the second forward are no change that would take the first one's weights from backward()."""
+
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.layer(self.layer(x.requires_grad_()).tanh())
+
+    def train(model, side):
+        optimizer = Momentum(model.parameters(), through_data=True)
+        for index in updates(side):
+            model.zero_grad()
+            loss_of(model, index, SHAPE).backward()
+            side.before_update()
+            if not side.by_hand:
+                side.rst.apply_penalty()
+            optimizer.step()
+            side.after_update()
+        loss_of(model, 0, SHAPE)
+
+    assert_same_life(train, Repeated)
+
+
+def test_apply_penalty_puts_zeros_and_gradients_right_in_finetuning():
+    """At once, for weights whose layer is never called and for gradients that do not come from ``backward()``."""
+    model = make(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5, steps=2)
+    train_forgetfully(model, optimizer, rst, 3)
+    finalize_quietly(rst)
+    for name in rst.masks:
+        weight = model.get_parameter(name)
+        weight.data.fill_(1)
+        weight.grad = torch.ones_like(weight)
+    rst.apply_penalty()
+    for name, kept in rst.masks.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(weight != 0, kept)
+        assert torch.equal(weight.grad != 0, kept)

@@ -1,0 +1,96 @@
+"""What the ranks of a job must agree on: replicas whose masks or penalties differ would drift apart unnoticed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from .._model.names import unwrapped_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..masks.plan import Plan
+    from .schedule import Timeline
+
+    Layers = dict[str, tuple[tuple[int, ...], str]]  # by parameter name: its shape, and what is pruned of it
+
+
+def world_size() -> int:
+    """How many ranks the default process group has; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree_on_seed(seed: int | None, plan: Plan, model: nn.Module, timeline: Timeline | None = None) -> int:
+    """The seed to use on every rank: the one given, or one drawn from torch's global CPU generator on rank 0.
+
+    Collective where a default process group exists: every rank must call it.
+
+    Raises:
+        RuntimeError: on all ranks, if they were given different seeds or schedules, or prune a parameter of the same
+            name and shape differently.
+    """
+    mine = int(torch.randint(2**63 - 1, (), device="cpu").item()) if seed is None else seed
+    if world_size() == 1:
+        return mine
+    everyone: list[Any] = [None] * world_size()
+    settings = {"seed": seed} if timeline is None else {"seed": seed, **_schedule(timeline)}
+    dist.all_gather_object(everyone, (mine, settings, _layers(plan, model)))
+    for setting in settings:
+        given = {rank: theirs.get(setting) for rank, (_, theirs, _) in enumerate(everyone)}
+        if any(value != given[0] for value in given.values()):
+            raise RuntimeError(
+                f"the ranks were given different values of {setting}: {given}. Their replicas would drift apart. Give"
+                f" every rank the same {setting}."
+            )
+    _check_layers([layers for _, _, layers in everyone])
+    return int(everyone[0][0])
+
+
+def check_not_joined(ranks: int) -> None:
+    """A seed that was drawn among so many ranks is known to all that there are now.
+
+    Raises:
+        RuntimeError: the process group is younger than the seed.
+    """
+    if world_size() > ranks:
+        raise RuntimeError(
+            "this scheduler was built before torch.distributed was initialized: each rank drew a seed alone, and their"
+            " masks may differ. Build it after init_process_group(), or give every rank the same seed."
+        )
+
+
+def _schedule(timeline: Timeline) -> dict[str, object]:
+    """The arguments, and the λ of a few updates in the place of a function."""
+    ticks = range(0, timeline.ticks, max(1, timeline.ticks // 8))
+    return {
+        "steps": timeline.steps,
+        "hold": timeline.hold,
+        "cycles": timeline.cycles,
+        "max_penalty": timeline.max_penalty,
+        "schedule": tuple(timeline.penalty(tick) for tick in ticks),
+    }
+
+
+def _layers(plan: Plan, model: nn.Module) -> Layers:
+    layers: Layers = {name: (tuple(parameter.shape), "nothing") for name, parameter in unwrapped_parameters(model)}
+    for name, shape in plan.shapes.items():
+        counts = ", then ".join(str(pruned[name]) for pruned in plan.pruned)
+        layers[name] = (shape, f"{counts} units ({plan.pattern})")
+    return layers
+
+
+def _check_layers(of_rank: list[Layers]) -> None:
+    """Ranks may hold different parameters, as the stages of a pipeline do; not one parameter in different ways."""
+    first: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
+    for rank, layers in enumerate(of_rank):
+        for name, (shape, pruned) in layers.items():
+            other, theirs = first.setdefault((name, shape), (rank, pruned))
+            if theirs != pruned:
+                raise RuntimeError(
+                    f"rank {other} prunes {theirs} of {name}, rank {rank} prunes {pruned}. Give every rank the same"
+                    " sparsity, pattern, distribution, targets and exclusions; and parameters that are not the same,"
+                    " different names."
+                )

@@ -1,0 +1,171 @@
+"""How much of the norm the masked weights hold: measured, reported, warned of."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._engine.dtensor import placement, sum_over_shards
+from .._tables import Table, as_text, percent, terminal_width
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from .._engine.tickets import Ticket
+    from .schedule import Timeline
+
+MAX_RESIDUAL = 0.01  # above which finalize() warns
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One parameter, or the total over all: what was masked, and how much of the norm it still held.
+
+    Attributes:
+        name: parameter name in the unwrapped model.
+        pruned: masked weights.
+        size: all weights.
+        residual: ‖masked weights‖ / ‖all weights‖ at that moment (for ``finalize()``: just before they were set to
+            zero); 0 where nothing is lost.
+        norm: ‖all weights‖ at that moment.
+    """
+
+    name: str
+    pruned: int
+    size: int
+    residual: float
+    norm: float
+
+    @property
+    def sparsity(self) -> float:
+        return self.pruned / self.size if self.size else 0.0
+
+    @property
+    def masked_norm(self) -> float:
+        """‖masked weights‖"""
+        return self.residual * self.norm
+
+    @property
+    def kept_norm(self) -> float:
+        """‖kept weights‖"""
+        return math.sqrt(max(0.0, 1 - self.residual**2)) * self.norm
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``finalize()`` did, layer by layer; ``str()`` gives a table that fits the terminal.
+
+    >>> layer = LayerReport("fc.weight", pruned=90, size=100, residual=0.004, norm=2.5)
+    >>> print(Report((layer,), LayerReport("total", 90, 100, 0.004, 2.5)))
+    parameter  pruned  size  sparsity  residual
+    fc.weight      90   100   90.00 %    0.0040
+    total          90   100   90.00 %    0.0040
+    """
+
+    layers: tuple[LayerReport, ...]
+    total: LayerReport
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerReport]) -> Report:
+        """The report on these layers, with their total."""
+        return cls(tuple(layers), total_of(layers))
+
+    def as_rows(self) -> list[list[Any]]:
+        """The fields of each layer, plain enough to be saved anywhere."""
+        return [list(astuple(layer)) for layer in self.layers]
+
+    def __str__(self) -> str:
+        rows = [
+            (row.name, f"{row.pruned:,}", f"{row.size:,}", percent(row.sparsity), f"{row.residual:.4f}")
+            for row in (*self.layers, self.total)
+        ]
+        header = ("parameter", "pruned", "size", "sparsity", "residual")
+        return as_text(Table(header, tuple(rows[:-1]), tuple(rows[-1:])), terminal_width())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The norms of a ticket's layers at one moment. The numbers stay where they were computed until they are read."""
+
+    counts: tuple[tuple[str, int, int], ...]  # name, masked weights, all weights
+    parts: tuple[tuple[tuple[int, ...], Tensor], ...]  # layers, and their sums of squares: masked and all, (layers, 2)
+
+    def read(self) -> Report:
+        """Waits for the device, if the numbers are on one."""
+        squares = dict.fromkeys(range(len(self.counts)), (0.0, 0.0))  # without memory, on the meta device
+        for indices, sums in self.parts:
+            squares.update(zip(indices, sums.tolist(), strict=True))
+        layers = [
+            LayerReport(name, pruned, size, math.sqrt(masked / total) if total else 0.0, math.sqrt(total))
+            for (name, pruned, size), (masked, total) in zip(self.counts, squares.values(), strict=True)
+        ]
+        return Report.of(layers)
+
+
+def total_of(layers: Sequence[LayerReport]) -> LayerReport:
+    """The report on several layers together."""
+    masked, norm = math.hypot(*(layer.masked_norm for layer in layers)), math.hypot(*(layer.norm for layer in layers))
+    pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
+    return LayerReport("total", pruned, size, masked / norm if norm else 0.0, norm)
+
+
+def take_measurement(ticket: Ticket) -> Measurement:
+    """Measure a ticket as it is now; reads every target weight, without waiting for the device.
+
+    Collective where the weights are sharded.
+    """
+    ticket.reshard()
+    counts: list[tuple[str, int, int]] = []
+    alike: dict[Any, tuple[Tensor, list[int], list[Tensor]]] = {}  # by device and placement: added up together
+    for index, hold in enumerate(ticket.primary_holds):
+        counts.append((hold.name, hold.mask.pruned_weights, math.prod(hold.mask.shape)))
+        parameter = hold.parameter()
+        if parameter is not None and not parameter.is_meta:
+            group = alike.setdefault((parameter.device, *placement(parameter)), (parameter, [], []))
+            group[1].append(index)
+            group[2].append(torch.stack(hold.squared_norms(parameter)))
+    parts = [(tuple(indices), sum_over_shards(torch.stack(sums), like)) for like, indices, sums in alike.values()]
+    return Measurement(tuple(counts), tuple(parts))
+
+
+def measure(ticket: Ticket) -> Report:
+    """The report on a ticket as it is now; reads every target weight. Collective where they are sharded."""
+    return take_measurement(ticket).read()
+
+
+def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
+    """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
+    if report.total.residual <= MAX_RESIDUAL:
+        return
+    if not math.isfinite(report.total.residual):
+        advice = "Weights are not finite any more: the training has diverged. Lower max_penalty or lr"
+    elif ticks == 0:
+        advice = "rst.step() was never called: call it after each optimizer.step()"
+    elif ticks < timeline.ticks:
+        advice = (
+            f"finalize() came after {ticks:,} of {timeline.ticks:,} ticks, with λ at"
+            f" {timeline.penalty(ticks - 1):.3g}: choose steps and hold that fit your loop, or go on until rst.done"
+        )
+    elif timeline.max_penalty == 0:
+        advice = "There was no penalty, as max_penalty is 0"
+    else:
+        advice = f"λ had reached {timeline.max_penalty:g}: transform for longer, or with a higher max_penalty or lr"
+    warnings.warn(
+        f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero. {advice}",
+        stacklevel=3,
+    )
+
+
+def warn_of_outstanding(cycle: int, cycles: int) -> None:
+    """Warn, on behalf of ``finalize()``, where it comes before the last cycle."""
+    if cycle < cycles:
+        warnings.warn(
+            f"finalize() in cycle {cycle} of {cycles}: what later cycles would have masked was not penalized",
+            stacklevel=3,
+        )

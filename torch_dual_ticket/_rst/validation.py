@@ -1,0 +1,184 @@
+"""Checks of what a user gives to the scheduler, all made before anything is changed."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from .._engine.hooks import held_parameters
+from .._model.names import unwrapped_modules
+from .residual import LayerReport, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from .._engine.holds import Hold
+    from .._engine.tickets import Ticket
+    from .._model.targets import Target
+    from ..masks.seeded import Mask
+
+STATE_VERSION = 1
+
+
+def check_unheld(targets: list[Target]) -> None:
+    """No other scheduler holds a target."""
+    mine = {id(target.parameter) for target in targets}
+    if not mine.isdisjoint(held_parameters()):
+        gc.collect()  # it may be one that was dropped, and waits for this
+    held = held_parameters()
+    for target in targets:
+        if id(target.parameter) in held:
+            raise ValueError(
+                f"{target.name} is held by another RSTScheduler. Call remove() on that one first (a copied model has"
+                f" none: prune.remove(layer, {target.places[0].tensor_name!r})), or leave the layer out with"
+                f" exclude=[{target.layer_name!r}]."
+            )
+
+
+def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
+    """An optimizer of torch that holds a target, or None."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. Give the torch optimizer"
+            " inside it; or leave it out, and call rst.apply_penalty() before each update if there is none."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(target.parameter) in held for target in targets):
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds none of the parameters to prune ({targets[0].name}, …). Build it"
+            " from the parameters of the model that is given to the scheduler."
+        )
+
+
+def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
+    """No mask empties a slice that weight_norm divides by the norm of."""
+    for target in targets:
+        for place in target.places:
+            dim = place.direction_dim
+            if dim is None:
+                continue
+            kept = masks[target.name].draw()
+            slices = kept.movedim(dim, 0).flatten(1) if dim != -1 else kept.flatten().unsqueeze(0)
+            if not bool(slices.any(1).all()):
+                raise ValueError(
+                    f"{target.name} is the direction of a weight_norm, and its mask would empty a whole slice of it,"
+                    " whose norm is a divisor. Choose a lower sparsity for the layer, an unstructured pattern or"
+                    f" another seed, or leave it out with exclude=[{target.layer_name!r}]."
+                )
+
+
+def check_holds(ticket: Ticket) -> None:
+    """There is something to finalize."""
+    if not ticket.holds:
+        raise RuntimeError(
+            "this scheduler holds no layer: it was removed, or it is a copy made during the transformation, or all its"
+            " layers were replaced. Build a new RSTScheduler on the model."
+        )
+
+
+def check_trained(ticket: Ticket, ticks: int) -> None:
+    """There is something to finalize, in hand and in reach, and an update carried the penalty."""
+    check_holds(ticket)
+    if not (ticks or ticket.has_ever_carried()):
+        raise RuntimeError(
+            "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with an"
+            " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
+            " torch.optim.Optimizer's, call rst.apply_penalty() before each."
+        )
+    _check_untied(ticket)
+    for hold in _replaced(ticket):
+        hold.detach()
+    ticket.check_reachable(stacklevel=4)
+    check_holds(ticket)
+
+
+def _replaced(ticket: Ticket) -> list[Hold]:
+    """Holds on layers that are no longer in the model, although something else still references them."""
+    model = ticket.model()
+    if model is None:
+        return []
+    inside = {module for _, module in unwrapped_modules(model)}
+    known = [hold for hold in ticket.holds if hold.parameter() is not None]
+    return [hold for hold in known if not inside.issuperset({hold.layer(), hold.owner() or hold.layer()})]
+
+
+def _check_untied(ticket: Ticket) -> None:
+    """Each parameter in the model has one mask."""
+    replaced = _replaced(ticket)
+    names: dict[int, str] = {}
+    for hold in ticket.holds:
+        if hold in replaced or hold.parameter() is None:
+            continue
+        other = names.setdefault(id(hold.parameter()), hold.name)
+        if other != hold.name:
+            raise RuntimeError(
+                f"{other} and {hold.name} were tied after the scheduler was built, and have two masks. Tie them first;"
+                " or take one of the layers out of the scheduler's hands with"
+                f" prune.remove(layer, {hold.tensor_name!r})."
+            )
+
+
+@contextmanager
+def generator_unchanged_on_error() -> Iterator[None]:
+    """A seed may have been drawn from torch's global generator before something turns out to be wrong."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        raise
+
+
+@contextmanager
+def masks_unchanged_on_error(ticket: Ticket) -> Iterator[None]:
+    """The final masks are not those of a cycle that goes on."""
+    before = {hold.name: hold.mask for hold in ticket.holds}
+    try:
+        yield
+    except BaseException:
+        ticket.set_masks(before)
+        raise
+
+
+def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int, Report]:
+    """Ticks, pending, phase, seed and report of a state of an RSTScheduler, which the ticket can go on from."""
+    fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
+    try:
+        values = {name: state[name] for name in fields}
+    except (KeyError, TypeError, IndexError):
+        keys = sorted(map(str, state)) if hasattr(state, "keys") else type(state).__name__
+        raise ValueError(f"not a state_dict() of an RSTScheduler: needs {', '.join(fields)}; got {keys}") from None
+    wrong = {name: value for name, value in values.items() if not isinstance(value, fields[name])}
+    if not wrong and (values["ticks"] < 0 or values["phase"] not in ("transform", "finetune")):
+        wrong = {name: values[name] for name in ("ticks", "phase")}
+    try:
+        report = Report.of([LayerReport(*row) for row in state.get("report", [])])
+    except (TypeError, ValueError):
+        wrong["report"] = state["report"]
+    if wrong:
+        listed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise ValueError(f"a damaged state_dict() of an RSTScheduler, with {listed}. Load it as it was saved.")
+    if state["version"] != STATE_VERSION:
+        raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
+    if state["phase"] == "finetune":
+        check_holds(ticket)
+        _check_untied(ticket)
+    return state["ticks"], state["update_pending"], state["phase"], state["seed"], report
+
+
+def check_same_masks(mine: Mapping[str, str], theirs: Mapping[str, str], seeds: tuple[int, int]) -> None:
+    """The fingerprints in a state are those of the masks here; names the first parameter where they are not."""
+    for name in [*mine, *theirs]:
+        if mine.get(name) != theirs.get(name):
+            what = "differs" if name in mine and name in theirs else "is only here" if name in mine else "is only there"
+            why = "" if seeds[0] == seeds[1] else f" (the seeds differ: {seeds[0]} here, {seeds[1]} in the state)"
+            raise ValueError(
+                f"the state belongs to other masks: {name} {what}{why}. Build the scheduler as the saved one was built:"
+                " same seed, sparsity, pattern, distribution, targets and exclusions."
+            )

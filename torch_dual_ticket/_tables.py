@@ -1,0 +1,129 @@
+"""Tables of layers that fit a terminal: drawn by rich where it is installed, else plain text."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import textwrap
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Cells = tuple[str, ...]
+
+_GAP = "  "
+_SHORTEST_NAME = 20  # less tells layers apart no more: rather let the terminal break the lines
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first cell of each is a layer's name. A row of one cell is a heading over those below."""
+
+    header: Cells
+    rows: tuple[Cells, ...]
+    footer: tuple[Cells, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def widths(self) -> list[int]:
+        lines = [self.header, *self.rows, *self.footer]
+        return [max(len(row[column]) for row in lines if column < len(row)) for column in range(len(self.header))]
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths) + len(_GAP) * (len(self.header) - 1)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def percent(fraction: float) -> str:
+    return f"{fraction:.2%}".replace("%", " %")
+
+
+def fitted(table: Table, width: int) -> Table:
+    """The table with names as short as the width demands: first in blocks, then with their beginnings cut off.
+
+    >>> for row in fitted(Table(("layer", "size"), (("model.layers.0.attention.query", "64"),)), 24).rows:
+    ...     print(row)
+    ('model.layers.0',)
+    ('  attention.query', '64')
+    """
+    if table.width <= width:
+        return table
+    table = replace(table, rows=_in_blocks(table.rows))
+    room = max(_SHORTEST_NAME, width - (table.width - table.widths[0]))
+    return replace(table, rows=tuple((_shortened(row[0], room), *row[1:]) for row in table.rows))
+
+
+def as_text(table: Table, width: int) -> str:
+    """Plain lines of at most that width, if it leaves room for the numbers."""
+    table = fitted(table, width)
+    width, widths = max(width, table.width), table.widths
+    lines = [
+        _GAP.join(
+            [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=False))]
+        ).rstrip()
+        for row in (table.header, *table.rows, *table.footer)
+    ]
+    return "\n".join([*lines, *(line for note in table.notes for line in textwrap.wrap(note, width))])
+
+
+def as_renderable(table: Table, width: int) -> Any:
+    """The same for a console of rich, which must be installed."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = fitted(table, width)
+    # Columns are as far apart as in plain text: a space of padding, and one of the box.
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for index, (title, size) in enumerate(zip(table.header, table.widths, strict=True)):
+        drawn.add_column(Text(title), justify="right" if index else "left", width=size, no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*(Text(cell, style="cyan" if len(row) == 1 else "") for cell in row))
+    if table.footer:
+        drawn.add_section()
+    for row in table.footer:
+        drawn.add_row(*(Text(cell, style="bold") for cell in row))
+    return Group(drawn, *(Text(note, style="dim") for note in table.notes))
+
+
+def as_best_text(table: Table, width: int) -> str:
+    """Drawn by rich where it is installed, else plain; without colors in either case."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return as_text(table, width)
+    page = io.StringIO()
+    width = max(width, fitted(table, width).width)
+    # Whatever the surroundings are: a notebook would show it, and FORCE_COLOR put codes into it.
+    plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
+    Console(file=page, width=width, legacy_windows=False, **plain).print(as_renderable(table, width))
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def _in_blocks(rows: Sequence[Cells]) -> tuple[Cells, ...]:
+    """The rows with the number of their block, and all before it, in a heading: ``encoder.layer.0``."""
+    made: list[Cells] = []
+    last = ""
+    for name, *cells in rows:
+        parts = name.split(".")
+        numbered = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+        block = ".".join(parts[: numbered[-1] + 1]) if numbered else ""
+        if block not in ("", last):
+            made.append((block,))
+        made.append((f"  {name[len(block) + 1 :]}" if block else name, *cells))
+        last = block
+    return tuple(made)
+
+
+def _shortened(name: str, room: int) -> str:
+    """The end of a name tells layers apart: the beginning goes."""
+    indent = " " * (len(name) - len(name.lstrip(" ")))
+    return name if len(name) <= room else f"{indent}…{name[len(name) - room + len(indent) + 1 :]}"

@@ -1,0 +1,144 @@
+"""Masks by magnitude: the weights that are smallest now are removed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .._engine.dtensor import reshard, whole
+from .._model.targets import DEFAULT_TARGETS, find_targets
+from ..masks.distributions import validate_sparsity
+from ..masks.patterns import input_dim, parse_pattern, pruned_units
+from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._model.targets import Target, TargetType
+
+_ALL = ""  # stands for all layers together where there is one threshold for them
+
+
+def magnitude_masks(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    distribution: str = "uniform",
+    pattern: str = "unstructured",
+    within: Mapping[str, Tensor] | None = None,
+    targets: Sequence[TargetType] = DEFAULT_TARGETS,
+    exclude: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The masks that remove the weights of smallest magnitude as they are now; nothing is changed.
+
+    Ties go by position: earlier weights are removed first. Of a weight under weight_norm the direction is compared.
+
+    Args:
+        model: a module. Where its parameters are sharded (FSDP2) this is collective, and gathers one at a time.
+        sparsity: fraction of weights removed, in [0, 1); a mapping as for :class:`torch_dual_ticket.RSTScheduler`.
+            None: 0.9, or what ``pattern`` implies.
+        distribution: "uniform" or "erk" (a count for each layer), or "global": one threshold for all layers.
+        pattern: "unstructured", or "n:m": of every m weights along the input dimension the n largest stay.
+        within: earlier masks; what they remove goes first, so that masks are nested.
+        targets: module types whose ``weight`` is masked.
+        exclude: fnmatch patterns of module names that stay dense, with all below them.
+
+    Returns:
+        Parameter name -> bool tensor on the parameter's device, True = kept; for :func:`hold`.
+
+    Raises:
+        TypeError, ValueError: arguments that cannot be used.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[0.3, -0.1, 0.2, -0.4]]))
+        >>> magnitude_masks(model, 0.5)
+        {'weight': tensor([[ True, False, False,  True]])}
+        >>> magnitude_masks(model, pattern="1:2")
+        {'weight': tensor([[ True, False, False,  True]])}
+    """
+    if parse_pattern(pattern).kind not in ("unstructured", "n:m"):
+        raise ValueError(f"magnitudes are compared weight by weight: unstructured or n:m, not pattern={pattern!r}")
+    found = find_targets(model, targets, exclude)
+    counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]
+    return remove_smallest(model, found, counts, within, pattern)
+
+
+def rounds_of_counts(
+    targets: list[Target],
+    sparsity: float | Mapping[str, float] | None,
+    distribution: str,
+    rounds: int,
+    pattern: str = "unstructured",
+) -> list[dict[str, int]]:
+    """The weights to prune after each round: for each layer, or for all of them together under the name ""."""
+    if distribution not in ("uniform", "erk", "global"):
+        raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform', 'erk' and 'global'")
+    if distribution != "global":
+        settings = {"distribution": distribution, "pattern": pattern}
+        return make_plan(targets, sparsity, **settings, cycles=rounds, stacklevel=4).pruned
+    if pattern != "unstructured":
+        raise ValueError(f"pattern {pattern!r} prunes every layer alike, so distribution='global' is not possible")
+    if isinstance(sparsity, Mapping):
+        raise ValueError("distribution='global' spreads one sparsity over all layers; give a number, not a mapping")
+    total = sum(math.prod(target.shape) for target in targets)
+    sparsity = validate_sparsity(DEFAULT_SPARSITY if sparsity is None else sparsity)
+    counts = [pruned_units(sparsity_of_cycle(sparsity, cycle, rounds), total) for cycle in range(1, rounds + 1)]
+    if not counts[-1]:
+        raise ValueError(f"nothing to prune: sparsity={sparsity!r} of {total} weights rounds to none")
+    return [{_ALL: count} for count in counts]
+
+
+@torch.no_grad()
+def remove_smallest(
+    model: nn.Module,
+    targets: list[Target],
+    counts: Mapping[str, int],
+    within: Mapping[str, Tensor] | None,
+    pattern: str = "unstructured",
+) -> dict[str, Tensor]:
+    """The masks that remove this many of the smallest weights, nested in the earlier ones."""
+    reshard(model)
+    parsed = parse_pattern(pattern)
+    magnitudes, transposed = {}, {}
+    for target in targets:
+        if _ALL not in counts and target.name not in counts:
+            continue  # stays dense
+        magnitude = whole(target.parameter).detach().abs()
+        earlier = None if within is None else within.get(target.name)
+        if earlier is not None:
+            magnitude = magnitude.masked_fill(~earlier.to(magnitude.device), -1)
+        magnitudes[target.name], transposed[target.name] = magnitude, target.transposed
+    if parsed.kind == "n:m":
+        groups = parsed.first, parsed.second
+        return {name: _largest_of_groups(m, *groups, input_dim(transposed[name])) for name, m in magnitudes.items()}
+    if _ALL not in counts:
+        return {name: _largest(magnitude, counts[name]) for name, magnitude in magnitudes.items()}
+    device = next(iter(magnitudes.values())).device
+    together = torch.cat([magnitude.flatten().to(device) for magnitude in magnitudes.values()])
+    parts = torch.split(_largest(together, counts[_ALL]), [magnitude.numel() for magnitude in magnitudes.values()])
+    return {
+        name: part.view(magnitude.shape).to(magnitude.device)
+        for (name, magnitude), part in zip(magnitudes.items(), parts, strict=True)
+    }
+
+
+def _largest(magnitude: Tensor, pruned: int) -> Tensor:
+    """All but the smallest, as a bool tensor; of equal ones the earlier are removed first."""
+    kept = torch.ones(magnitude.numel(), dtype=torch.bool, device=magnitude.device)
+    kept[magnitude.flatten().argsort(stable=True)[:pruned]] = False
+    return kept.view(magnitude.shape)
+
+
+def _largest_of_groups(magnitude: Tensor, kept: int, size: int, dim: int) -> Tensor:
+    """So many of each group of neighbors along a dimension; of equal ones the earlier are removed first."""
+    last = magnitude.movedim(dim, -1)
+    groups = last.reshape(*last.shape[:-1], -1, size)
+    removed = groups.argsort(stable=True)[..., : size - kept]
+    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, removed, False)
+    return mask.view(last.shape).movedim(-1, dim).contiguous()

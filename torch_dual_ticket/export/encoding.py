@@ -1,0 +1,155 @@
+"""A state_dict with masks as what is worth storing of it: kept values, and the fields that masks are drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._engine.dtensor import whole
+from ..masks.seeded import SeededMask
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def encode(
+    state: Mapping[str, Tensor], specs: Mapping[str, SeededMask], *, stored: bool = True
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors to store, and an entry for each name of the state_dict that says how to make it of them.
+
+    An entry gives ``dtype`` and ``shape`` of the whole, and, for what has to do with a mask, in ``kept_by`` the mask
+    whose kept entries alone are stored, in the order of their positions; or in ``equals_mask`` the mask that it is.
+    Or it has just ``same_as``, the name of an earlier entry: a tied weight. Complex tensors are stored as real ones
+    with a last dimension of 2. Collective where a tensor is sharded.
+
+    Args:
+        state: name -> tensor; names of a tied weight have the same object.
+        specs: parameter name -> mask. In the layout of ``torch.nn.utils.prune`` the parameter is found by its names
+            there.
+        stored: False makes no copy of any tensor, on ranks that only take part in gathering them.
+
+    Raises:
+        ValueError: a mask without a parameter of its shape, or masked weights that are not zero.
+    """
+    roles = _roles(state, specs)
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    first_keys: dict[int, str] = {}
+    for key, tensor in state.items():
+        first = first_keys.setdefault(id(tensor), key)
+        if first != key:
+            entries[key] = {"same_as": first}
+            continue
+        value = whole(tensor.detach())
+        entry = entries[key] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        if id(tensor) in roles:
+            mask, role = roles[id(tensor)]
+            kept = _draw(specs[mask], key, tuple(value.shape), value.device)
+            if role == "mask" and torch.equal(value, kept.to(value.dtype)):
+                entry["equals_mask"] = mask
+                continue
+            if role != "multiplied":
+                _check_zeros(value, kept, key, mask)
+            entry["kept_by"] = mask
+            value = value[kept]
+        if stored:
+            tensors[key] = _plain_copy(value)
+    return tensors, entries
+
+
+def describe(specs: Mapping[str, SeededMask]) -> dict[str, dict[str, Any]]:
+    """What redraws the masks, and their fingerprints."""
+    return {name: asdict(spec) | {"fingerprint": spec.fingerprint} for name, spec in specs.items()}
+
+
+def decode(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, dict[str, Any]], entries: Mapping[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """The state_dict again, dense, on the CPU: the inverse of :func:`encode` and :func:`describe`.
+
+    Raises:
+        AttributeError, KeyError, RuntimeError, TypeError, ValueError: they do not belong together.
+    """
+    specs = {name: _spec(fields) for name, fields in masks.items()}
+    state: dict[str, Tensor] = {}
+    used = set()
+    for key, entry in entries.items():
+        if "same_as" in entry:
+            state[key] = state[entry["same_as"]]
+            continue
+        dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
+        name = entry.get("kept_by", entry.get("equals_mask"))
+        kept = None if name is None else _draw(specs[name], key, shape, torch.device("cpu"))
+        if "equals_mask" in entry:
+            assert kept is not None
+            state[key] = kept.to(dtype)
+            continue
+        used.add(key)
+        value, pair = tensors[key], (2,) if dtype.is_complex else ()
+        stored_shape = (*(shape if kept is None else (int(kept.sum()),)), *pair)
+        if value.dtype != dtype.to_real() or value.shape != stored_shape:
+            raise ValueError(
+                f"{key} is stored as {value.dtype} of shape {tuple(value.shape)}, not {dtype.to_real()} of shape"
+                f" {stored_shape}"
+            )
+        if kept is not None:
+            value = _scatter(value, kept.unsqueeze(-1) if pair else kept, (*shape, *pair))
+        state[key] = torch.view_as_complex(value) if pair else value
+    if unused := set(tensors) - used:
+        raise ValueError(f"{min(unused)} is stored but not described")
+    return state
+
+
+def _roles(state: Mapping[str, Tensor], specs: Mapping[str, SeededMask]) -> dict[int, tuple[str, str]]:
+    """For the id of each tensor that has to do with a mask: the mask's name, and what the tensor is.
+
+    "weight": zero where masked. In the layout of ``torch.nn.utils.prune``, "multiplied" by "mask".
+    """
+    roles = {}
+    for name in specs:
+        if name in state:
+            roles[id(state[name])] = (name, "weight")
+        elif f"{name}_orig" in state and f"{name}_mask" in state:
+            roles[id(state[f"{name}_orig"])] = (name, "multiplied")
+            roles[id(state[f"{name}_mask"])] = (name, "mask")
+        else:
+            raise ValueError(f"{name} is not in the model's state_dict any more: its mask has nothing to belong to")
+    return roles
+
+
+def _check_zeros(value: Tensor, kept: Tensor, key: str, mask: str) -> None:
+    wrong = int((value[~kept] != 0).sum())
+    if wrong:
+        raise ValueError(
+            f"{key}: {wrong:,} masked entries are not zero, and a ticket file does not store them. Set them to zero"
+            f" first: under torch.no_grad(), {key.rpartition('.')[2]}[~rst.masks[{mask!r}]] = 0"
+        )
+
+
+def _plain_copy(value: Tensor) -> Tensor:
+    """On the CPU, contiguous, with memory of its own, and real: safetensors knows one complex dtype of three."""
+    copy = torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value)
+    return torch.view_as_real(copy) if copy.is_complex() else copy
+
+
+def _scatter(values: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros with the values at the kept places. As integers: no NaN loses its payload, and every dtype can be moved."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    zeros = torch.zeros(shape, dtype=integers, device=values.device)
+    return zeros.masked_scatter_(kept, values.view(integers)).view(values.dtype)
+
+
+def _spec(fields: dict[str, Any]) -> SeededMask:
+    spec = SeededMask(**{name: value for name, value in fields.items() if name != "fingerprint"})
+    if spec.fingerprint != fields["fingerprint"]:
+        raise ValueError(f"the mask of {spec.name} would not be the one that was saved: it has another fingerprint")
+    return spec
+
+
+def _draw(spec: SeededMask, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if spec.shape != shape:
+        raise ValueError(f"{key} has shape {shape}, and its mask {spec.shape}")
+    return spec.draw(device=device)

@@ -1,0 +1,140 @@
+"""From what a user asks for to the number of units pruned in each layer, in each cycle."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .distributions import by_name, erk, uniform, validate_sparsity
+from .patterns import count_units, implied_sparsity, parse_pattern
+from .seeded import SeededMask
+
+if TYPE_CHECKING:
+    from .._model.targets import Target
+
+DEFAULT_SPARSITY = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The masks of a model, up to the seed."""
+
+    pattern: str
+    shapes: dict[str, tuple[int, ...]]  # by parameter name
+    transposed: dict[str, bool]
+    pruned: list[dict[str, int]]  # units, in each cycle
+
+    def masks(self, seed: int, cycle: int = -1) -> dict[str, SeededMask]:
+        """The masks of a cycle (from 0), by default of the last."""
+        return {
+            name: SeededMask(seed, name, shape, self.pruned[cycle][name], self.pattern, self.transposed[name])
+            for name, shape in self.shapes.items()
+        }
+
+
+def make_plan(
+    targets: list[Target],
+    sparsity: float | Mapping[str, float] | None,
+    *,
+    distribution: str = "uniform",
+    pattern: str = "unstructured",
+    cycles: int = 1,
+    stacklevel: int = 3,
+) -> Plan:
+    """How much of each target is pruned in each cycle; targets that stay dense are left out.
+
+    Warns, at the line that ``stacklevel`` says, of layers that are pruned altogether.
+
+    Cycle ``c`` of ``C`` aims at ``1 - (1 - s)**(c/C)``: each removes the same fraction of what the one before has left.
+
+    Raises:
+        TypeError, ValueError: a sparsity that is none, contradicts the pattern, or prunes nothing; a pattern that does
+            not fit a layer; a name pattern that matches no layer.
+    """
+    implied = implied_sparsity(pattern)
+    if distribution not in ("uniform", "erk"):
+        raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform' and 'erk'")
+    if sparsity is None:
+        sparsity = DEFAULT_SPARSITY if implied is None else implied
+    if implied is not None:
+        _check_implied(sparsity, implied, pattern, distribution, cycles)
+    if isinstance(sparsity, Mapping) and distribution != "uniform":
+        raise ValueError(
+            f"distribution={distribution!r} spreads one sparsity over the layers, but sparsity is a mapping that"
+            " already says it layer by layer. Give a number, or leave the distribution at 'uniform'."
+        )
+    sparsities = _sparsities(targets, sparsity)
+    chosen = [target for target in targets if sparsities[target.name] > 0]
+    if not chosen:
+        raise ValueError(f"nothing to prune: sparsity={sparsity!r} leaves every layer dense")
+    units = {target.name: _count_units(target, pattern) for target in chosen}
+    shapes = {target.name: target.shape for target in chosen}
+    cycle_counts = []
+    for cycle in range(1, cycles + 1):
+        if distribution == "erk":
+            level = sparsity_of_cycle(sparsities[chosen[0].name], cycle, cycles)
+            cycle_counts.append(erk(shapes, level, None if pattern == "unstructured" else units))
+        else:
+            cycle_counts.append(
+                uniform(units, {name: sparsity_of_cycle(sparsities[name], cycle, cycles) for name in units})
+            )
+    if not any(cycle_counts[-1].values()):
+        raise ValueError(
+            f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units."
+            " Give a higher sparsity."
+        )
+    emptied = [name for name, pruned in cycle_counts[-1].items() if 0 < pruned == units[name]]
+    if emptied:
+        others = f" and of {len(emptied) - 1} more" if emptied[1:] else ""
+        warnings.warn(
+            f"sparsity={sparsity!r} rounds to all {units[emptied[0]]} units of {emptied[0]}{others}: nothing goes"
+            " through it any more. Leave it dense with exclude, or give it a lower sparsity.",
+            stacklevel=stacklevel,
+        )
+    return Plan(pattern, shapes, {target.name: target.transposed for target in chosen}, cycle_counts)
+
+
+def sparsity_of_cycle(sparsity: float, cycle: int, cycles: int) -> float:
+    """What a cycle, counted from 1, aims at: each removes the same fraction of what the one before has left."""
+    return sparsity if cycle == cycles else 1 - (1 - sparsity) ** (cycle / cycles)
+
+
+def _sparsities(targets: list[Target], sparsity: float | Mapping[str, float]) -> dict[str, float]:
+    """The sparsity of each target, by parameter name."""
+    if not isinstance(sparsity, Mapping):
+        return dict.fromkeys((target.name for target in targets), validate_sparsity(sparsity))
+    return by_name({target.name: [place.layer_name for place in target.places] for target in targets}, sparsity)
+
+
+def _check_implied(
+    sparsity: float | Mapping[str, float], implied: float, pattern: str, distribution: str, cycles: int
+) -> None:
+    values = [value for value in sparsity.values() if value != 0] if isinstance(sparsity, Mapping) else [sparsity]
+    for value in values:
+        if abs(validate_sparsity(value) - implied) > 1e-9:
+            raise ValueError(
+                f"pattern {pattern!r} means a sparsity of {implied:g}, but sparsity={value!r} was given. Leave sparsity"
+                " out, or choose another pattern."
+            )
+    if distribution != "uniform":
+        raise ValueError(
+            f"pattern {pattern!r} prunes every layer alike, so distribution={distribution!r} is not possible"
+        )
+    if cycles > 1:
+        raise ValueError(
+            f"pattern {pattern!r} has one sparsity, which cannot be reached in cycles={cycles}; use cycles=1"
+        )
+
+
+def _count_units(target: Target, pattern: str) -> int:
+    if target.grouped and parse_pattern(pattern).kind != "unstructured":
+        raise ValueError(
+            f"{target.name}: pattern {pattern!r} is not defined for grouped convolutions. Leave the layer dense with "
+            f"exclude=[{target.layer_name!r}], or use pattern='unstructured'."
+        )
+    try:
+        return count_units(target.shape, pattern, target.transposed)
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error} (exclude=[{target.layer_name!r}])") from None

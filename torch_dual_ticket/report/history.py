@@ -1,0 +1,212 @@
+"""How λ, the residual and the norms went: recorded while somebody trains, read afterwards."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .._rst.residual import LayerReport, Report, take_measurement
+from .._rst.schedule import check_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .._rst.residual import Measurement
+    from ..scheduler import RSTScheduler
+
+_VERSION = 1
+_POINTS = 200  # over the transformation, if the user does not say how often
+
+
+class Writer(Protocol):
+    """What :meth:`History.log_to` needs of a writer; ``torch.utils.tensorboard.SummaryWriter`` has it."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One moment.
+
+    Attributes:
+        tick: updates so far: the ticks of the schedule; where they stand still (at its end, after ``finalize()``) the
+            calls of :meth:`History.record` go on from there.
+        phase: ``"transform"`` or ``"finetune"``.
+        penalty: λ of the next update.
+        report: per layer and in total: pruned, size, residual and norms.
+    """
+
+    tick: int
+    phase: str
+    penalty: float
+    report: Report
+
+    @property
+    def residual(self) -> float:
+        """‖masked weights‖ / ‖all target weights‖"""
+        return self.report.total.residual
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked weights over all targets."""
+        return self.report.total.sparsity
+
+
+class History:
+    """A record of λ, the residual and the norms of every layer, to plot or to log.
+
+    Call :meth:`record` once per update, beside ``rst.step()``; most calls only count. One that records reads every
+    target weight once, as ``rst.residual()`` does, but leaves the numbers on their device until :attr:`records`,
+    :meth:`log_to` or :meth:`state_dict` are asked for: so the loop does not wait for a GPU. What the masked weights
+    held just before ``finalize()`` is recorded in any case.
+
+    With sharded parameters (FSDP2, DTensor) recording is collective: call it on every rank. Under DDP one rank will do.
+
+    Args:
+        rst: what is recorded. It is not kept alive.
+        every: record when the tick reaches a multiple of this; and at the first call, and the first after
+            ``finalize()``. None: about 200 times over the transformation.
+
+    Raises:
+        TypeError, ValueError: ``rst`` is no scheduler, or ``every`` no positive integer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_dual_ticket import RSTScheduler
+        >>> model = nn.Sequential(nn.Linear(20, 500), nn.Tanh(), nn.Linear(500, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> rst = RSTScheduler(model, sparsity=0.9, exclude=["2"], steps=300, hold=200, max_penalty=5)
+        >>> history = History(rst, every=200)
+        >>> for _ in range(600):
+        ...     x = torch.randn(32, 20)
+        ...     optimizer.zero_grad()
+        ...     nn.functional.mse_loss(model(x), x[:, :1].sin()).backward()
+        ...     optimizer.step()
+        ...     rst.step()
+        ...     if rst.done:
+        ...         report = rst.finalize()
+        ...     history.record()
+        >>> for record in history.records:
+        ...     print(record.tick, record.phase, f"λ={record.penalty:.2f}, sparsity {record.sparsity:.0%}")
+        1 transform λ=0.03, sparsity 90%
+        200 transform λ=3.35, sparsity 90%
+        400 transform λ=5.00, sparsity 90%
+        500 transform λ=5.00, sparsity 90%
+        500 finetune λ=0.00, sparsity 90%
+        600 finetune λ=0.00, sparsity 90%
+    """
+
+    def __init__(self, rst: RSTScheduler, *, every: int | None = None) -> None:
+        if not hasattr(rst, "_timeline"):
+            raise TypeError(f"History() takes an RSTScheduler, got {type(rst).__name__}")
+        self.every = max(1, rst._timeline.ticks // _POINTS) if every is None else check_integer("every", every, 1)
+        self._rst = weakref.ref(rst)  # one that is dropped lets its model go
+        self._records: list[Record] = []
+        self._unread: list[tuple[int, str, float, Measurement | Report]] = []
+        self._last: tuple[str, int] | None = None  # what was recorded last: its phase, and which `every` ticks it is of
+        self._tick = 0  # of the last call
+        self._logged = 0  # records
+
+    def record(self) -> None:
+        """Call it once per update, after ``rst.step()`` and, where that comes, ``rst.finalize()``; or more rarely.
+
+        Raises:
+            RuntimeError: the scheduler was dropped.
+        """
+        rst = self._rst()
+        if rst is None:
+            raise RuntimeError(
+                "record() has nothing to measure: the RSTScheduler of this history does not exist any more"
+            )
+        phase = rst.phase
+        stands_still = rst.done or phase == "finetune"
+        self._tick = max(rst._ticks, self._tick + 1) if stands_still else rst._ticks
+        at = phase, self._tick // self.every
+        if at == self._last or not rst._ticket.holds:  # after remove() there is nothing to see any more
+            return
+        if self._last is not None and (self._last[0], phase) == ("transform", "finetune") and rst._report.layers:
+            self._unread.append((self._tick, "transform", rst._timeline.penalty(rst._ticks), rst._report))
+        self._unread.append((self._tick, phase, rst.penalty, take_measurement(rst._ticket)))
+        self._last = at
+
+    def __repr__(self) -> str:
+        return f"History({len(self._records) + len(self._unread)} records, up to tick {self._tick:,})"
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All of them, oldest first. Waits for the device once for each that was not read yet."""
+        self._records += [
+            Record(tick, phase, penalty, seen if isinstance(seen, Report) else seen.read())
+            for tick, phase, penalty, seen in self._unread
+        ]
+        self._unread.clear()
+        return tuple(self._records)
+
+    def log_to(self, writer: Writer) -> None:
+        """Write what was recorded since the last call to TensorBoard: call it now and then, such as once an epoch.
+
+        The tags are ``rst/penalty``, ``rst/residual``, ``rst/sparsity``, ``rst/masked_norm``, ``rst/kept_norm`` and,
+        for each layer, ``rst_residual/NAME``; the step is the tick.
+
+        Args:
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its ``add_scalar``.
+
+        Raises:
+            TypeError: ``writer`` has no ``add_scalar``.
+        """
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                f"log_to() takes something with add_scalar(tag, value, step), such as a"
+                f" torch.utils.tensorboard.SummaryWriter; got {type(writer).__name__}"
+            )
+        for record in self.records[self._logged :]:
+            total = record.report.total
+            scalars = {
+                "rst/penalty": record.penalty,
+                "rst/residual": total.residual,
+                "rst/sparsity": total.sparsity,
+                "rst/masked_norm": total.masked_norm,
+                "rst/kept_norm": total.kept_norm,
+                **{f"rst_residual/{layer.name}": layer.residual for layer in record.report.layers},
+            }
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, record.tick)
+            self._logged += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All records, in lists and numbers; save it in the checkpoint, beside the scheduler's."""
+        return {
+            "version": _VERSION,
+            "tick": self._tick,
+            "logged": self._logged,
+            "records": [
+                [record.tick, record.phase, record.penalty, [list(astuple(layer)) for layer in record.report.layers]]
+                for record in self.records
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved history; what was recorded here is forgotten.
+
+        Raises:
+            ValueError: not a state of this class; nothing is changed then.
+        """
+        try:
+            if state["version"] != _VERSION:
+                raise ValueError(f"its version is {state['version']!r}, and this release reads version {_VERSION}")
+            records = [
+                _record(int(tick), str(phase), float(penalty), [LayerReport(*layer) for layer in layers])
+                for tick, phase, penalty, layers in state["records"]
+            ]
+            tick, logged = int(state["tick"]), int(state["logged"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"not a state_dict() of a History: {error!r}") from error
+        self._records, self._unread = records, []
+        self._last = (records[-1].phase, records[-1].tick // self.every) if records else None
+        self._tick, self._logged = tick, logged
+
+
+def _record(tick: int, phase: str, penalty: float, layers: list[LayerReport]) -> Record:
+    return Record(tick, phase, penalty, Report.of(layers))

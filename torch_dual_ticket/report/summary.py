@@ -1,0 +1,246 @@
+"""What the layers of a model are, ticket or not: a table for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .._engine.dtensor import local, reshard, sum_over_shards
+from .._engine.holds import Hold
+from .._engine.tickets import Ticket
+from .._model.names import unwrapped_modules
+from .._rst.residual import measure, total_of
+from .._tables import Table, as_best_text, as_renderable, percent, terminal_width
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._rst.residual import LayerReport
+    from ..baselines import HeldMasks
+    from ..scheduler import RSTScheduler
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One parameter.
+
+    Attributes:
+        name: in the unwrapped model.
+        shape: full, also where the parameter is sharded.
+        kept: weights that stay: those that the mask keeps, or, where there is none, those that are not zero.
+        pattern: of the mask: "unstructured", "2:4" …; "chosen" for one that somebody chose weight by weight; "prune"
+            for one of ``torch.nn.utils.prune``; "" where there is no mask.
+        residual: ‖masked weights‖ / ‖all weights‖ now; None where no ticket holds the layer.
+        penalty: λ of the next update; None where none is penalized any more, or no ticket holds the layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    pattern: str
+    residual: float | None = None
+    penalty: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """The layers of a model; ``print`` shows them as a table that fits the terminal.
+
+    Attributes:
+        layers: the parameters that a ticket holds, and all others of two or more dimensions.
+        others: the sizes of the remaining parameters: biases, norms, …
+        phases: of the tickets that hold the model: ``"transform"``, ``"finetune"``; empty if there is none.
+        residual: ‖masked weights‖ / ‖all weights‖ over the layers that are held; None if there is none.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    others: tuple[int, ...]
+    phases: tuple[str, ...]
+    residual: float | None
+
+    @property
+    def size(self) -> int:
+        """Of the whole model."""
+        return sum(layer.size for layer in self.layers) + sum(self.others)
+
+    @property
+    def kept(self) -> int:
+        """Of the whole model."""
+        return sum(layer.kept for layer in self.layers) + sum(self.others)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the whole model that is masked, or zero where there is no mask."""
+        return 1 - self.kept / self.size if self.size else 0.0
+
+    def __str__(self) -> str:
+        width = terminal_width()
+        return as_best_text(self._table(width), width)
+
+    __repr__ = __str__
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield as_renderable(self._table(options.max_width), options.max_width)
+
+    def _table(self, width: int) -> Table:
+        """All columns, if they fit; else without those that say one thing of all layers, which a note says once."""
+        masked = [layer for layer in self.layers if layer.pattern]
+        held = [layer for layer in masked if layer.residual is not None]
+        rows = [_cells(layer) for layer in self.layers]
+        if self.others:
+            rows.append((f"{len(self.others)} others", "", "", "dense", f"{sum(self.others):,}", "", ""))
+        footer = []
+        if held:
+            kept, size = sum(layer.kept for layer in held), sum(layer.size for layer in held)
+            footer.append(_total("held layers", kept, size, f"{self.residual:.4f}"))
+        footer.append(_total("whole model", self.kept, self.size, ""))
+        notes = [_MEANING[phase] for phase in self.phases or ("",)]
+        empty = {column for column in _OPTIONAL if all(row[column] in ("", _NOTHING) for row in rows)}
+        table = _without(empty, rows, footer, notes)
+        if table.width <= width:
+            return table
+        for column in sorted({_PATTERN, _PENALTY} - empty):
+            said = {_cells(layer)[column] for layer in held or masked}
+            if len(said) == 1:
+                empty.add(column)
+                notes.append(f"{_HEADER[column]} of every {'held' if held else 'masked'} layer: {said.pop()}")
+        return _without(empty, rows, footer, notes)
+
+
+def summary(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Summary:
+    """A table of the layers of a model: shape, pattern, sparsity, kept weights, residual and λ. Print what it returns.
+
+    Call it at any time; it reads every weight. Of a model that a ticket holds, be it an ``RSTScheduler``, masks of
+    :mod:`torch_dual_ticket.baselines` or a finalized copy, it shows the ticket. Of any other (loaded from a file,
+    after ``remove()``, pruned by ``torch.nn.utils.prune``) it shows the zeros that it finds. Collective where
+    parameters are sharded (FSDP2, DTensor): call it on every rank, and print on one.
+
+    rich draws the table where it is installed, and ``rich.print`` adds colors.
+
+    Args:
+        model_or_rst: a module, wrapped or not, or what holds it. A scheduler stands for the model that it was given.
+
+    Raises:
+        TypeError: it is neither.
+
+    Example:
+        >>> from torch_dual_ticket import RSTScheduler
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+        >>> rst = RSTScheduler(model, sparsity=0.9, exclude=["2"])
+        >>> table = summary(model)  # or summary(rst)
+        >>> [(layer.name, layer.pattern, layer.kept, layer.size) for layer in table.layers]
+        [('0.weight', 'unstructured', 819, 8192), ('2.weight', '', 1280, 1280)]
+        >>> print(f"{table.sparsity:.2%} of {table.size:,}")
+        76.72% of 9,610
+    """
+    model = _model_of(model_or_rst)
+    reshard(model)
+    modules = list(unwrapped_modules(model))
+    holds = {id(hold.parameter()): hold for _, module in modules for hold in _holds_on(module)}
+    tickets = {id(hold.ticket): hold.ticket for hold in holds.values()}
+    reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
+    layers, others, held = [], [], []
+    known: set[int] = set()
+    for prefix, module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in known:
+                continue
+            known.add(id(parameter))
+            name = f"{prefix}.{key}" if prefix else key
+            hold = holds.get(id(parameter))
+            if hold is not None:
+                held.append(reports[id(hold.ticket), hold.name])
+                layers.append(_of_hold(name, hold, held[-1]))
+            elif is_lazy(parameter) or parameter.dim() < 2:
+                others.append(0 if is_lazy(parameter) else parameter.numel())
+            else:
+                layers.append(_of_zeros(name, module, key, parameter))
+    phases = {"finetune" if ticket.enforcing else "transform": None for ticket in tickets.values()}
+    return Summary(tuple(layers), tuple(others), tuple(phases), total_of(held).residual if held else None)
+
+
+def _model_of(given: Any) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    ticket = getattr(given, "_ticket", None)
+    if not isinstance(ticket, Ticket):
+        raise TypeError(f"summary() takes a torch.nn.Module, or the RSTScheduler on one; got {type(given).__name__}")
+    model = ticket.model()
+    if model is None:
+        raise RuntimeError(f"the model of this {type(given).__name__} does not exist any more")
+    return model
+
+
+def _holds_on(module: nn.Module) -> list[Hold]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hold) and hook.attached]
+
+
+def _of_hold(name: str, hold: Hold, report: LayerReport) -> LayerSummary:
+    pattern = getattr(hold.mask, "pattern", "chosen")
+    kept = report.size - report.pruned
+    penalty = None if hold.ticket.enforcing else hold.ticket.penalty
+    return LayerSummary(name, hold.mask.shape, report.size, kept, pattern, report.residual, penalty)
+
+
+def _of_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> LayerSummary:
+    """What is zero in a parameter that no ticket holds, or in its mask of torch.nn.utils.prune."""
+    mask = module._buffers.get(f"{key.removesuffix('_orig')}_mask") if key.endswith("_orig") else None
+    name = name if mask is None else name.removesuffix("_orig")
+    size = parameter.numel()
+    kept = size if parameter.is_meta else _count_nonzero(parameter if mask is None else mask)
+    return LayerSummary(name, tuple(parameter.shape), size, kept, "" if mask is None else "prune")
+
+
+@torch.no_grad()
+def _count_nonzero(tensor: Tensor) -> int:
+    part = local(tensor)
+    if part.layout is not torch.strided or is_traceable_wrapper_subclass(part):  # sparse, semi-structured …
+        part = part.to_dense()
+    return int(sum_over_shards(part.count_nonzero(), tensor))
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+_HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "residual", "λ")
+_PATTERN, _RESIDUAL, _PENALTY = _OPTIONAL = 2, 5, 6  # columns
+_NOTHING = "–"
+_MEANING = {  # of the sparsity, by phase
+    "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
+    "finetune": "finetuning: masked weights are held at zero",
+    "": "no ticket holds this model: sparsity of zeros, or of torch.nn.utils.prune",
+}
+
+
+def _cells(layer: LayerSummary) -> tuple[str, ...]:
+    return (
+        layer.name.removesuffix(".weight"),
+        "×".join(map(str, layer.shape)),
+        layer.pattern or _NOTHING,
+        "dense" if not layer.pattern and percent(layer.sparsity) == percent(0) else percent(layer.sparsity),
+        f"{layer.kept:,}",
+        _NOTHING if layer.residual is None else f"{layer.residual:.4f}",
+        _NOTHING if layer.penalty is None else f"{layer.penalty:.3g}",
+    )
+
+
+def _total(name: str, kept: int, size: int, residual: str) -> tuple[str, ...]:
+    return (name, f"{size:,}", "", percent(1 - kept / max(1, size)), f"{kept:,}", residual, "")
+
+
+def _without(
+    columns: set[int], rows: Sequence[tuple[str, ...]], footer: Sequence[tuple[str, ...]], notes: Sequence[str]
+) -> Table:
+    header, *lines = [
+        tuple(cell for column, cell in enumerate(row) if column not in columns) for row in (_HEADER, *rows, *footer)
+    ]
+    return Table(header, tuple(lines[: len(rows)]), tuple(lines[len(rows) :]), tuple(notes))
