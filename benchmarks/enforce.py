@@ -34,8 +34,8 @@ def ways(size, device, *, stock):
     narrow = kept.to(torch.uint8)
     candidates = {
         BASE: lambda: weight.add_(grad, alpha=1e-6),
-        "this library": lambda: (clear_(grad, narrow), clear_(weight, narrow)),
-        "this library, weights only": lambda: clear_(weight, narrow),
+        "this library": lambda: clear_([(grad, narrow), (weight, narrow)]),
+        "this library, weights only": lambda: clear_([(weight, narrow)]),
     }
     if stock:
         mask, orig = kept.to(weight.dtype), weight.clone().requires_grad_()

@@ -17,8 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_dual_ticket.baselines import random_ticket
-from torch_dual_ticket.deploy import CSRLinear, to_csr, to_semi_structured
-from torch_dual_ticket.deploy.shrinking import shrink
+from torch_dual_ticket.deploy import CSRLinear, shrink, to_csr, to_semi_structured
 
 LEAST_SECONDS = 2e-3  # of one turn: short calls are repeated
 SIZES, ROWS = (256, 512, 1024, 4096), (1, 16, 64, 256)

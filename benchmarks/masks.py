@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 import torch
-from measuring import arguments, in_a_process_of_its_own, machine, peak_memory, ratios, spread, table
+from measuring import arguments, in_a_new_process, machine, peak_memory, ratios, spread, table
 from torch import nn
 from torch.nn.utils import prune
 
@@ -30,7 +30,7 @@ def main() -> None:
         rows += [[label, name, spread(value)] for name, value in result.items()]
     print(table(["weights", "way", f"time relative to {BASE}"], rows))
     if not options.device.startswith("cuda"):
-        megabytes = (in_a_process_of_its_own(_draw_here, LARGEST) - LARGEST) / 2**20
+        megabytes = (in_a_new_process(_draw_here, LARGEST) - LARGEST) / 2**20
         print(f"\nTemporaries while a mask of 200M weights is drawn: {megabytes:.0f} MB")
     started = time.perf_counter()
     weights = _billion_weights()

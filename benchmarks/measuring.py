@@ -14,11 +14,12 @@ import platform
 import statistics
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torch_dual_ticket._engine import hooks
+from torch_dual_ticket._engine import optimizer_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +28,17 @@ if TYPE_CHECKING:
 
 # glibc gives freed memory back at once, so that the peak is that of what is in use.
 _EXACT_PEAK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+_OPTIMIZER_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+Result = TypeVar("Result")
 
 
-def arguments(description: str | None, rounds: int = 15, **flags: str) -> argparse.Namespace:
-    """The options that all benchmarks have, and flags of one's own with their help."""
+def arguments(
+    description: str | None, rounds: int = 15, threads: int | None = None, **flags: str
+) -> argparse.Namespace:
+    """The options that all benchmarks have, and further flags with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     parser.add_argument("--threads", type=int, default=threads, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate (default: %(default)s)")
     for name, text in flags.items():
@@ -57,12 +62,10 @@ def ratios(
     for candidate in candidates.values():
         candidate()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    gc.collect()
-    gc.disable()
-    for _ in range(rounds):
-        for name, candidate in candidates.items():
-            times[name].append(seconds(candidate, device))
-    gc.enable()
+    with without_collector():
+        for _ in range(rounds):
+            for name, candidate in candidates.items():
+                times[name].append(seconds(candidate, device))
     result = {}
     for name, mine in times.items():
         low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, times[base], strict=True)], n=4)
@@ -78,26 +81,48 @@ def peak_memory(device: str) -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def in_a_process_of_its_own(function: Callable[..., int], *arguments: object) -> int:
+def in_a_new_process(function: Callable[..., int], *arguments: object) -> int:
     """The function's result, with memory that nothing else has touched; forked from a server that has imported all."""
     with _environment(_EXACT_PEAK), multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def as_if_alone(step: Callable[[], object], rst: RSTScheduler | None) -> Callable[[], None]:
-    """The step of a candidate, which the schedulers of the others in this process do not slow down.
+def as_if_alone(step: Callable[[], Result], rst: RSTScheduler | None) -> Callable[[], Result]:
+    """The step of a candidate, without what the library does for the other candidates of this process.
 
-    Each scheduler looks at every optimizer's step, because it may hold parameters of its own.
+    Its hooks around each optimizer's step look for the parameters of all schedulers. A model without one runs as if
+    the library had not been imported.
     """
 
-    def alone() -> None:
-        everybody, hooks._tickets = hooks._tickets, () if rst is None else (weakref.ref(rst._ticket),)
+    mine = () if rst is None else (weakref.ref(rst._ticket),)  # one tuple: another one would be looked through anew
+
+    def alone() -> Result:
+        everybody, optimizer_hooks._tickets = optimizer_hooks._tickets, mine
+        before = [dict(installed) for installed in _OPTIMIZER_HOOKS]
+        if rst is None:
+            for installed in _OPTIMIZER_HOOKS:
+                installed.clear()
         try:
-            step()
+            return step()
         finally:
-            hooks._tickets = everybody
+            optimizer_hooks._tickets = everybody
+            for installed, kept in zip(_OPTIMIZER_HOOKS, before, strict=True):
+                installed.update(kept)
 
     return alone
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's garbage collector waits: it would slow down whoever is running when its turn comes."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

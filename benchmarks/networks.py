@@ -59,11 +59,11 @@ def resnet(block: type[nn.Module], widths: list[int], depths: list[int], stem: i
 class Transformer(nn.Module):
     """Twelve encoder layers on vectors, read out at the mean position."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 256, heads: int = 4, feedforward: int = 1024) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(256, 4, dim_feedforward=1024, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
-        self.head = nn.Linear(256, 10)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x).mean(1))

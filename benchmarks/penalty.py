@@ -41,7 +41,7 @@ def ways(size, device, *, all_of_them):
     narrow = pruned.to(torch.uint8)
     candidates = {
         BASE: lambda: grad.add_(weight, alpha=PENALTY),
-        "this library": lambda: add_scaled_([grad], [weight], [narrow], PENALTY),
+        "this library": lambda: add_scaled_([(grad, weight, narrow)], PENALTY),
         "bool mask": lambda: grad.add_(weight * pruned, alpha=PENALTY),
     }
     if not all_of_them:

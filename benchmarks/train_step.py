@@ -1,8 +1,8 @@
 """A whole training step, in time and peak memory, relative to the dense step.
 
 Ways: dense; this library in the transformation and in finetuning; ``torch.nn.utils.prune`` with the same masks; the
-penalty as a term of the loss. All are interleaved in one process for the times. For the memory each runs in a process
-of its own, once for each network, and what is given is the peak of its memory over that of the dense step.
+penalty as a term of the loss. All are interleaved in one process for the times. For the memory each runs in its own
+process, once for each network, and what is given is the peak of its memory over that of the dense step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from measuring import (
     arguments,
     as_if_alone,
-    in_a_process_of_its_own,
+    in_a_new_process,
     machine,
     peak_memory,
     ratios,
@@ -62,7 +62,7 @@ def main() -> None:
         peaks = {}
         alone = options.device != "cpu" or not compiled  # on CPUs the peak of a compiled step is the compiler's
         if alone and (compiled or network not in measured):
-            peaks = {way: in_a_process_of_its_own(memory_of, way, *case, options) for way in ways}
+            peaks = {way: in_a_new_process(memory_of, way, *case, options) for way in ways}
             measured.add(network)
         for way in ways[1:]:
             mode = "compiled" if compiled else "eager"

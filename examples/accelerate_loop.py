@@ -39,7 +39,7 @@ for _ in range(EPOCHS):
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()  # Accelerate leaves it out while gradients accumulate ...
             optimizer.zero_grad()
-        rst.step()  # ... and then this is no tick
+        rst.step()  # ... and then this does not count
         if rst.done and rst.phase == "transform":
             accelerator.print(rst.finalize())
 
@@ -47,4 +47,5 @@ plain = accelerator.unwrap_model(model)
 with torch.no_grad():
     accuracy = (plain(x[1408:].to(accelerator.device)).argmax(1).cpu() == y[1408:]).float().mean().item()
 accelerator.print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
+accelerator.wait_for_everyone()  # a process that ends while another still needs its connection can crash
 accelerator.end_training()

@@ -18,7 +18,7 @@ methods (names as in the tables):
 What is kept equal: the total number of updates (scratch-short alone has fewer), the initial weights and the order of
 the batches of a seed, which layers stay dense, the optimizer, and how many learning rates a method may try. The rate of
 the dense stretches is the best one for the dense network; the rate of the last stretch is chosen for each method and
-sparsity. Both are chosen on the validation part, with seeds of their own. The test part is looked at once in a run,
+sparsity. Both are chosen on the validation part, with separate seeds. The test part is looked at once in a run,
 after its last update.
 
 Every finished run is a line in OUT/records.jsonl. The same command again makes only the runs that are missing.
@@ -151,7 +151,7 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
     trials = f"{len(options.rates)} learning rates ({', '.join(f'{rate:g}' for rate in options.rates)})"
     if len(options.rates) > 1:
-        trials += f", tried with {options.tuning_seeds} seed(s) of their own on the validation part"
+        trials += f", tried with {options.tuning_seeds} separate seed(s) on the validation part"
     pixels = f", averaged to {options.pixels} × {options.pixels} pixels" if options.pixels else ""
     again = (
         "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             progress.console.print(report.markdown(), soft_wrap=True, highlight=False, markup=False)
             progress.console.print(f"table.md, table.csv, picture.png and records.jsonl are in {options.out}")
     if is_distributed:
+        dist.barrier()  # a rank that ends while another still needs its connection can crash
         dist.destroy_process_group()
 
 

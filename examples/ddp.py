@@ -57,4 +57,5 @@ if dist.get_rank() == 0:
         accuracy = (model.module(x[1408:].to(device)).argmax(1).cpu() == y[1408:]).float().mean().item()
     print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
     save_ticket(rst, "ddp.safetensors")  # the kept weights and the seed: a quarter of the size
+dist.barrier()  # a rank that ends while another still needs its connection can crash
 dist.destroy_process_group()

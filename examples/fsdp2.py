@@ -61,4 +61,5 @@ if rank == 0:
     load_ticket("fsdp2.safetensors", plain)
     accuracy = (plain(x[1408:]).argmax(1) == y[1408:]).float().mean().item()
     print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
+dist.barrier()  # a rank that ends while another still needs its connection can crash
 dist.destroy_process_group()

@@ -41,8 +41,8 @@ DENSE_LAYERS = ["4"]  # the last linear layer is left dense, as in the paper
 class Trainer:
     """An ordinary training loop, and what the methods share: data, budget and network."""
 
-    def __init__(self, parts: dict[str, tuple[Tensor, Tensor]], epochs: int, tick: Callable[[str], None]) -> None:
-        self.parts, self.tick = parts, tick
+    def __init__(self, parts: dict[str, tuple[Tensor, Tensor]], epochs: int, advance: Callable[[str], None]) -> None:
+        self.parts, self.advance = parts, advance
         self.updates = epochs * -(-len(parts["train"][0]) // BATCH)
 
     def dense(self, run: Run) -> None:
@@ -88,7 +88,7 @@ class Trainer:
             if rst:
                 rst.step()
             run.updates += 1
-            self.tick(run.method)
+            self.advance(run.method)
             if run.updates % max(1, self.updates // 60) == 0 or i == updates - 1:
                 run.curve.append({"update": run.updates, "penalty": penalty, **self.measure(model, masks)})
         if run.updates == self.updates:

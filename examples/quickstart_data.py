@@ -25,7 +25,7 @@ def read_data(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("give an existing .npz or .csv file, or leave it out for the digits")
     if path.suffix == ".npz":
         if not zipfile.is_zipfile(path):
-            raise ValueError("is no file that numpy.savez wrote")
+            raise ValueError("is not a file that numpy.savez wrote")
         with np.load(path) as arrays:
             if not {"X", "y"} <= set(arrays):
                 raise ValueError(f"needs arrays named X and y, has {', '.join(arrays) or 'none'}")

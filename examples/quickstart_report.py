@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-COLOURS = {"dense": "0.4", "random scratch": "tab:orange", "random RST": "tab:blue"}
+COLORS = {"dense": "0.4", "random scratch": "tab:orange", "random RST": "tab:blue"}
 
 
 @dataclass
@@ -55,7 +55,7 @@ def draw(runs: list[Run], sparsities: list[float], finalized: int, path: Path) -
     figure = Figure(figsize=(1 + 4.5 * len(sparsities), 8), layout="constrained")
     rows = figure.subplots(3, len(sparsities), sharex=True, sharey="row", squeeze=False)
     for (top, middle, bottom), sparsity in zip(rows.T, sparsities, strict=True):
-        for method, color in COLOURS.items():
+        for method, color in COLORS.items():
             curves = [run.curve for run in runs if run.method == method and run.sparsity in (sparsity, 0.0)]
             lines = {key: np.array([[point[key] for point in curve] for curve in curves]) for key in curves[0][0]}
             updates = lines["update"][0]

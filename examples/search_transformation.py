@@ -20,7 +20,7 @@ import torch
 from comparison.cells import Cell
 from comparison.data import DATA
 from comparison.engines import choose
-from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALISED, SEARCHES, with_its_own
+from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALIZED, SEARCHES, with_its_own
 from comparison.models import MODELS, OPTIMIZERS
 from comparison.options import PATTERNS, TUNING_SEED, sparsities_of
 from comparison.progress import ProgressBar
@@ -112,7 +112,7 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
             "" if results[0][name] is None else f"{sum(r[name] for r in results) / len(results):.{digits}}"
             for name, digits in (("masked", "1f"), ("residual", "2%"))
         )
-        penalized, goes_on = row.method in PENALISED, row.method in ANNEALED_ONCE
+        penalized, goes_on = row.method in PENALIZED, row.method in ANNEALED_ONCE
         kept = row.optimizer_state or ("new" if row.anneal == "each" else "kept")
         lines.append(
             {

@@ -38,7 +38,7 @@ warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=20)
 decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES - 20)
 schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, decay], milestones=[20])
 
-# All linear layers but the head, and the projections in attention, which are no module but a parameter of one.
+# All linear layers but the head, and the projections in attention, which are not a module but a parameter of one.
 targets = (nn.Linear, (nn.MultiheadAttention, "in_proj_weight"))
 rst = RSTScheduler(model, 0.8, steps=150, hold=30, max_penalty=2.0, targets=targets, exclude=["head"])
 

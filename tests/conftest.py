@@ -1,8 +1,11 @@
-"""Settings for all tests: one thread each, so that sums are made in the same order everywhere."""
+"""Settings for all tests: one thread each, so that sums are made in the same order everywhere; and small sizes."""
 
 import torch
 from hypothesis import settings
 
+from torch_dual_ticket._engine import kernels
+
 torch.set_num_threads(1)
+kernels.SMALL = 4096  # so that small models have layers for both ways of the kernels
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")

@@ -1,4 +1,4 @@
-"""A ticket's whole life on two ranks, beside the same life in one process with the ticket by hand.
+"""A ticket's whole life on two ranks, beside the same life in one process with the explicit loop.
 
 Of each batch every rank gets a half. The ranks' gradients are averaged, so the reference adds up the gradients of the
 two halves, each divided by two, in the same order.
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from models import batch, finalize_quietly
 from ranks import everywhere
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 class InOneProcess:
-    """The reference: a copy of the model, its loop, and its ticket by hand.
+    """The reference: a copy of the model, its loop, and the explicit ticket.
 
     What is clipped is the gradient of the network that is being trained: without the penalty, and without the gradients
     of masked weights.
@@ -68,7 +68,7 @@ class InOneProcess:
         loss: Loss = half_loss,
     ) -> None:
         self.model = copy.deepcopy(model)
-        self.ticket = ByHand(self.model, masks, steps=STEPS)
+        self.ticket = ExplicitLoop(self.model, masks, steps=STEPS)
         self.optimizer = make_optimizer(self.model.parameters())
         self.loss = loss
 
@@ -106,7 +106,7 @@ def live_alike(
 ) -> torch.optim.Optimizer:
     """Train the model on the ranks and the reference in each process, with finalize() in the middle, and compare.
 
-    ``disturb`` is called at the places of an update at which a loop may do something else in between.
+    ``disturb`` is called at the points of an update at which a loop may do something else in between.
     """
     optimizer = sgd(model.parameters()) if optimizer is None else optimizer
     half = dist.get_rank() if dist.is_initialized() else 0
@@ -181,3 +181,14 @@ def assert_replicated(model: nn.Module) -> None:
     """The ranks hold the same bits."""
     ours, theirs = everywhere([parameter.detach() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def shard(model: nn.Module, nesting: str = "nested", **options: object) -> nn.Module:
+    """Every layer by itself, or the root with all in it."""
+    from torch.distributed.fsdp import fully_shard
+
+    if nesting == "nested":
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, **options)
+    return fully_shard(model, **options)

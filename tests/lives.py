@@ -1,4 +1,4 @@
-"""One training loop, run twice: once with the library, once with everything by hand."""
+"""One training loop, run twice: once with the library, once with everything explicit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from models import INPUT_SHAPES, assert_same, assert_same_states, finalize_quietly, loss_of, mlp, twins
-from reference import ByHand
+from reference import ExplicitLoop
 
 from torch_dual_ticket import RSTScheduler
 
@@ -23,7 +23,7 @@ MIDDLE = 20
 class Library:
     """The moments of a loop at which the library needs to be called."""
 
-    by_hand = False
+    is_explicit = False
 
     def __init__(self, model: nn.Module, rst: RSTScheduler) -> None:
         self.model, self.rst = model, rst
@@ -32,7 +32,7 @@ class Library:
         self.transformed = copy.deepcopy(self.model.state_dict())
         finalize_quietly(self.rst)
 
-    def tick(self) -> None:
+    def scheduler_step(self) -> None:
         self.rst.step()
 
     def after_backward(self) -> None: ...
@@ -45,15 +45,16 @@ class Library:
         return 0.0
 
 
-class Hand:
+class Explicit:
     """The moments of a loop at which a careful person has something to do.
 
-    ``after_update`` is an update and a tick; where they are not one to one, ``updated`` and ``tick`` are called apart.
+    ``after_update`` is an update and a scheduler step. Where they are not one to one, ``updated`` and
+    ``scheduler_step`` are called separately.
     """
 
-    by_hand = True
+    is_explicit = True
 
-    def __init__(self, model: nn.Module, reference: ByHand) -> None:
+    def __init__(self, model: nn.Module, reference: ExplicitLoop) -> None:
         self.model, self.reference = model, reference
 
     @property
@@ -79,7 +80,7 @@ class Hand:
         self.reference.after_update()
         self.reference.updates -= 1
 
-    def tick(self) -> None:
+    def scheduler_step(self) -> None:
         self.reference.updates += 1
 
     def penalty_of_loss(self) -> Tensor | float:
@@ -90,7 +91,7 @@ class Hand:
         return 0.5 * self.reference.penalty * torch.stack(squares).sum()
 
 
-Side = Library | Hand
+Side = Library | Explicit
 
 
 def updates(side: Side, count: int = UPDATES, middle: int = MIDDLE) -> Iterator[int]:
@@ -138,15 +139,15 @@ def assert_same_life(
     model, other = twins(build, dtype=dtype)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     prepared = () if prepare is None else (prepare(model),)
-    prepared_by_hand = () if prepare is None else (prepare(other),)
+    prepared_other = () if prepare is None else (prepare(other),)
     rising: Any = {"steps": steps, "max_penalty": max_penalty, "schedule": schedule}
     rst = RSTScheduler(model, sparsity=sparsity, seed=3, **rising, **settings)
-    by_hand = ByHand(other, rst.masks, **rising)
-    library, hand = Library(model, rst), Hand(other, by_hand)
+    loop = ExplicitLoop(other, rst.masks, **rising)
+    library, explicit = Library(model, rst), Explicit(other, loop)
     train(model, library, *prepared)
-    train(other, hand, *prepared_by_hand)
+    train(other, explicit, *prepared_other)
     assert rst.phase == "finetune"
-    assert_same_states(library.transformed, hand.transformed, tolerance)
+    assert_same_states(library.transformed, explicit.transformed, tolerance)
     assert_same(model, other, tolerance)
     for name, kept in rst.masks.items():
         weight = model.get_parameter(name)

@@ -20,6 +20,23 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
 
 
+class UninitializedWrapper(torch.optim.Optimizer):
+    """Is an optimizer by name alone: it shares the groups of the one inside, and has no hooks itself."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
 def loss_of(output: Any) -> Tensor:
     """Of the output, or of the first of several, as recurrent layers and attention have them."""
     first = output[0] if isinstance(output, tuple) else output
@@ -60,7 +77,7 @@ def train_on(
 def assert_lives_alike(
     build: Callable[[], nn.Module], inputs: Callable[[int], tuple[Any, ...]], names: list[str], **settings: Any
 ) -> RSTScheduler:
-    """A whole life beside the loop by hand; the parameters of these names are the ones that are pruned."""
+    """A whole life beside the explicit loop; the parameters of these names are the ones that are pruned."""
     rst = assert_same_life(train_on(inputs), build, **{"sparsity": 0.6, **settings})
     assert list(rst.masks) == names
     return rst

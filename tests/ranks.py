@@ -1,7 +1,7 @@
 """Tests that run on two processes, or four, with gloo between them.
 
-The processes are started once, at the first test that needs them, and then do one test after the other, each in a
-process group of its own: importing torch takes longer than any of the tests. A test that hangs costs new processes.
+The processes are started once, at the first test that needs them, and then do one test after the other, each in its
+own process group: importing torch takes longer than any of the tests. A test that hangs costs new processes.
 """
 
 from __future__ import annotations
@@ -131,7 +131,6 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
             connection.send(traceback.format_exc())
         else:
             connection.send(None)
-        gc.collect()
 
 
 def _in_group(rank: int, world: int, store: str, test: Callable[[], None]) -> None:
@@ -155,6 +154,7 @@ def _in_group(rank: int, world: int, store: str, test: Callable[[], None]) -> No
         if dist.is_initialized():
             dist.barrier()  # or the slower rank would miss the faster one
     finally:
+        gc.collect()  # models keep the group's threads running
         if torch.__version__ < "2.7":
             time.sleep(0.1)  # its gloo threads may still wait for the GIL, with which they are destroyed
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""The slow truth: dual lottery tickets by hand, in a loop that hides nothing.
+"""The slow truth: dual lottery tickets in an explicit loop that hides nothing.
 
 The penalty is added to ``.grad`` just before the update; after the mask is applied, gradients and weights are
 multiplied by it around every update. Everything that the library does is measured against this.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class ByHand:
+class ExplicitLoop:
     """What a careful person would write into their own training loop."""
 
     def __init__(

@@ -58,7 +58,10 @@ def train(folder: Path, kind: str, at_start: Callable[[], object] = lambda: None
     model = make(mlp)
     optimizer = optimizer_of(kind, model)
     rst = RSTScheduler(model, **SETTINGS[kind])
-    update, is_made = 0, False  # where we are in the data, and whether that update is made, though not ticked
+    update, is_made = (
+        0,
+        False,
+    )  # where we are in the data, and whether that update is made, though not its scheduler step
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

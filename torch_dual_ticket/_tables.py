@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Cells = tuple[str, ...]
 
 _GAP = "  "
-_SHORTEST_NAME = 20  # less tells layers apart no more: rather let the terminal break the lines
+_SHORTEST_NAME = 20  # shorter names look alike: a line that is too long is better
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Table:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 80 where there is none."""
+    """In columns; 80 where there is no terminal."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
@@ -46,7 +46,7 @@ def percent(fraction: float) -> str:
 
 
 def fitted(table: Table, width: int) -> Table:
-    """The table with names as short as the width demands: first in blocks, then with their beginnings cut off.
+    """The table with names as short as the width requires: first in blocks, then with their beginnings cut off.
 
     >>> for row in fitted(Table(("layer", "size"), (("model.layers.0.attention.query", "64"),)), 24).rows:
     ...     print(row)
@@ -57,11 +57,11 @@ def fitted(table: Table, width: int) -> Table:
         return table
     table = replace(table, rows=_in_blocks(table.rows))
     room = max(_SHORTEST_NAME, width - (table.width - table.widths[0]))
-    return replace(table, rows=tuple((_shortened(row[0], room), *row[1:]) for row in table.rows))
+    return replace(table, rows=tuple((shortened(row[0], room), *row[1:]) for row in table.rows))
 
 
 def as_text(table: Table, width: int) -> str:
-    """Plain lines of at most that width, if it leaves room for the numbers."""
+    """Plain lines of at most that width, unless the numbers need more."""
     table = fitted(table, width)
     width, widths = max(width, table.width), table.widths
     lines = [
@@ -74,7 +74,7 @@ def as_text(table: Table, width: int) -> str:
 
 
 def as_renderable(table: Table, width: int) -> Any:
-    """The same for a console of rich, which must be installed."""
+    """The same for a console of rich."""
     from rich import box
     from rich.console import Group
     from rich.table import Table as RichTable
@@ -102,14 +102,14 @@ def as_best_text(table: Table, width: int) -> str:
         return as_text(table, width)
     page = io.StringIO()
     width = max(width, fitted(table, width).width)
-    # Whatever the surroundings are: a notebook would show it, and FORCE_COLOR put codes into it.
+    # Otherwise rich would display it in a notebook, and FORCE_COLOR would add color codes.
     plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
     Console(file=page, width=width, legacy_windows=False, **plain).print(as_renderable(table, width))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
 def _in_blocks(rows: Sequence[Cells]) -> tuple[Cells, ...]:
-    """The rows with the number of their block, and all before it, in a heading: ``encoder.layer.0``."""
+    """The rows below headings of what their names have in common, up to the last number: ``encoder.layer.0``."""
     made: list[Cells] = []
     last = ""
     for name, *cells in rows:
@@ -123,7 +123,7 @@ def _in_blocks(rows: Sequence[Cells]) -> tuple[Cells, ...]:
     return tuple(made)
 
 
-def _shortened(name: str, room: int) -> str:
-    """The end of a name tells layers apart: the beginning goes."""
+def shortened(name: str, room: int) -> str:
+    """The end of the name, which tells layers apart, in at most ``room`` letters."""
     indent = " " * (len(name) - len(name.lstrip(" ")))
     return name if len(name) <= room else f"{indent}…{name[len(name) - room + len(indent) + 1 :]}"

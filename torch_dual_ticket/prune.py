@@ -14,9 +14,9 @@ from ._model.targets import runs_forward
 from .masks.seeded import SeededMask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping, Sequence
+    from collections.abc import Iterator, MutableMapping
 
-    from ._engine.holds import Hold
+    from ._engine.ticket import Ticket
 
 
 class RandomUnstructured(prune.RandomUnstructured):
@@ -43,7 +43,7 @@ class RandomUnstructured(prune.RandomUnstructured):
             ``torch.manual_seed`` makes it reproducible.
 
     Raises:
-        TypeError: ``amount`` is no real number, or ``seed`` no int.
+        TypeError: ``amount`` is not a real number, or ``seed`` not an int.
         ValueError: ``amount`` is out of range; when the mask is drawn, also if it is an int larger than the number
             of entries still unpruned.
 
@@ -130,7 +130,7 @@ def random_unstructured(module: nn.Module, name: str, amount: float, seed: int |
         ``module``.
 
     Raises:
-        TypeError: ``amount`` is no real number, or ``seed`` no int.
+        TypeError: ``amount`` is not a real number, or ``seed`` not an int.
         ValueError: ``amount`` is out of range.
 
     Example:
@@ -144,40 +144,44 @@ def random_unstructured(module: nn.Module, name: str, amount: float, seed: int |
     return module
 
 
-def check_stock_layout(holds: Sequence[Hold]) -> None:
+def check_stock_layout(ticket: Ticket) -> None:
     """Whether the stock layout can carry these parameters; ``ValueError`` names the first that it cannot."""
-    for hold in holds:
-        parameter = hold.parameter()
-        if not hold.primary:
+    for managed in ticket.parameters:
+        parameter, layer, first = managed.tensor(), managed.layer(), managed.occurrences[0]
+        if len({id(occurrence.owner()) for occurrence in managed.occurrences}) > 1:
             reason = "is tied, and two layers cannot share a `weight_orig` and keep one mask"
-        elif hold.attribute != hold.tensor_name:
+        elif first.attribute != first.tensor_name:
             reason = "is parametrized, and the stock layout replaces the attribute that the parametrization computes"
         elif type(parameter) is not nn.Parameter:
             reason = f"is a {type(parameter).__name__}, which a mask buffer cannot be multiplied into"
-        elif not runs_forward(hold.layer()):
+        elif layer is None or not runs_forward(layer):
             reason = "is used by its parent without a call of its layer, in which torch would make the masked weight"
         else:
             continue
         raise ValueError(
-            f"{hold.name} {reason}. Leave the model in the plain layout, or take the layer out with prune.remove first."
+            f"{managed.name} {reason}. Leave the model in the plain layout, or take the layer out with prune.remove"
+            " first."
         )
 
 
-def to_stock_layout(holds: Sequence[Hold]) -> None:
-    """Give held parameters the layout that ``torch.nn.utils.prune`` works on, and end the holds.
+def to_stock_layout(ticket: Ticket) -> None:
+    """Give managed parameters the layout that ``torch.nn.utils.prune`` works on, and end the ticket.
 
     The parameter objects and their positions among the module's parameters stay, so that an optimizer's state still
     fits. ``ValueError`` as :func:`check_stock_layout`, before anything is changed.
     """
-    check_stock_layout(holds)
-    for hold in holds:
-        module, name, kept = hold.layer(), hold.tensor_name, hold.mask.draw(device=hold.device())
-        hold.detach()
+    check_stock_layout(ticket)
+    parameters = ticket.parameters
+    ticket.release()
+    for managed in parameters:
+        module, name = managed.layer(), managed.occurrences[0].tensor_name
+        assert module is not None
         renamed = {f"{name}_orig" if key == name else key: value for key, value in module._parameters.items()}
         module._parameters.clear()
         module._parameters.update(renamed)
         orig = renamed[f"{name}_orig"]
         assert orig is not None
+        kept = ticket.mask(managed).draw(device=orig.device)
         module.register_buffer(f"{name}_mask", torch.empty_like(orig, requires_grad=False).copy_(kept))
         method: Any = prune.CustomFromMask(None)  # it would keep another copy of the mask
         method._tensor_name = name

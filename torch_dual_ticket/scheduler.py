@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._engine.forgotten import patience
-from ._engine.tickets import Ticket
+from ._engine.layer_hook import layer_hooks, manage
+from ._engine.ticket import Phase, Stage, Ticket
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import mask_view, validation
 from ._rst.advice import Advice
+from ._rst.loop_warnings import MissingPenalty, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
 from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
 from ._rst.schedule import Timeline, check_integer, resolve
@@ -49,7 +49,7 @@ class RSTScheduler:
         targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``.
         exclude: fnmatch patterns of module names that stay dense, with all below them.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
-        optimizer: the only one whose updates carry the penalty. None: any that holds a target.
+        optimizer: the only one whose updates apply the penalty. None: any that holds a target.
         store_masks: False computes the masks from the seed at each use: slow, but saves a byte of memory per weight.
 
     Raises:
@@ -94,82 +94,102 @@ class RSTScheduler:
         found = find_targets(model, targets, exclude)
         plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
         found = [target for target in found if target.name in plan.shapes]
-        validation.check_unheld(found)
+        validation.check_unmanaged(found)
         validation.check_optimizer(optimizer, found)
         with validation.generator_unchanged_on_error():
-            self.seed = agree_on_seed(given_seed, plan, model, self._timeline)
-            validation.check_directions(found, plan.masks(self.seed))
-        self._plan, self._model, self._ticks, self._advice = plan, model, 0, Advice(self._timeline)
+            agreed = agree_on_seed(given_seed, plan, model, self._timeline)
+            validation.check_directions(found, plan.masks(agreed))
+        self._plan, self._model, self._advice = plan, model, Advice(self._timeline)
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
-        self._report = Report.of(())
-        self._ticket = ticket = Ticket(model, stores_masks=store_masks)
-        ticket.optimizer = None if optimizer is None else weakref.ref(optimizer)
-        ticket.take(found, plan.masks(self.seed, cycle=0))
-        ticket.penalty, ticket.patience = self._timeline.penalty(0), patience(self._timeline.ticks)
-        self._end_with_me()
+        masks, penalty = plan.masks(agreed, cycle=0), self._timeline.penalty(0)
+        self._missing_penalty = MissingPenalty()
+        self._ticket = Ticket(
+            model,
+            masks,
+            scheduler=self,
+            optimizer=optimizer,
+            stores_masks=store_masks,
+            patience=patience(self._timeline.total),
+        )
+        manage(self._ticket, found)
+        self._ticket.stage = Stage(Phase.TRANSFORM, masks, penalty)  # from here on it is penalized, and not before
 
-    def _end_with_me(self) -> None:
-        weakref.finalize(self, self._ticket.abandon).atexit = False
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stage": self._ticket.stage}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        stage = state.pop("stage")
         self.__dict__.update(state)
-        self._ticket.attach(self._model)
-        self._end_with_me()
+        self._ticket.serve(self, self._model)
+        self._ticket.stage = stage
 
     # -- the schedule --------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One tick of the schedule: call it once per update, before or after ``optimizer.step()``; λ grows.
+        """One step of the schedule: call it once per update, before or after ``optimizer.step()``; λ grows.
 
-        It advances only if an update carried the penalty since the last call, so a step that ``GradScaler`` skipped
-        does not count. After :meth:`finalize` it does nothing. It warns where no update carries the penalty and, after
+        It advances only if an update applied the penalty since the last call, so a step that ``GradScaler`` skipped
+        does not count. After :meth:`finalize` it does nothing. It warns where no update applies the penalty and, after
         a tenth of the schedule, where the penalty will not do what it is for. ``RuntimeError`` where a target is out of
         reach (weight_norm has replaced it, say), or a CUDA graph is being captured.
         """
-        ticket = self._ticket
-        if ticket.enforcing:
+        ticket, timeline = self._ticket, self._timeline
+        if ticket.holds:
             return
-        if not ticket.everything_carried():
-            ticket.check_reachable(stacklevel=3)
-            if not ticket.holds:
-                return
-        if not (self._ticks or self._seed_is_given):
+        if not ticket.all_penalized():
+            validation.check_reachable(ticket, stacklevel=3)
+        if not ticket.parameters:
+            return
+        if not (self._steps or self._seed_is_given):
             check_not_joined(self._ranks)
-        ticks = min(self._ticks + ticket.is_due(), self._timeline.ticks)
-        self._advice.look(ticket, self._ticks, ticks)
-        penalty = self._timeline.penalty(ticks)  # a schedule may raise
-        ticket.tick()
-        if self._timeline.cycle(ticks) != self._cycle:
-            ticket.set_masks(self._plan.masks(self.seed, self._timeline.cycle(ticks)))
-        self._ticks, ticket.penalty = ticks, penalty
+        steps = min(self._steps + ticket.counts(is_last=self._steps == timeline.total - 1), timeline.total)
+        self._advice.look(ticket, self._steps, steps)
+        penalty = timeline.penalty(steps)  # a schedule may raise
+        changed = ticket.begin_step()
+        stays = timeline.cycle(steps) == self._cycle
+        masks = ticket.stage.masks if stays else self._plan.masks(self.seed, timeline.cycle(steps))
+        ticket.transform(masks, penalty, steps)
+        self._missing_penalty.look(ticket, changed)
         self._advice.speak()
 
     @property
+    def seed(self) -> int:
+        """The masks' seed: the one given, or the one that was drawn."""
+        masks: Mapping[str, Any] = self._ticket.stage.masks
+        seed: int = next(iter(masks.values())).seed
+        return seed
+
+    @property
+    def _steps(self) -> int:
+        """Scheduler steps that counted."""
+        return self._ticket.stage.steps
+
+    @property
     def _cycle(self) -> int:
-        return self._timeline.cycle(self._ticks)
+        return self._timeline.cycle(self._steps)
 
     @property
     def penalty(self) -> float:
         """λ of the next update; 0 after :meth:`finalize`."""
-        return self._ticket.penalty
+        return self._ticket.stage.penalty
 
     @property
     def progress(self) -> float:
         """How much of the schedule is over: 0…1."""
-        return self._ticks / self._timeline.ticks
+        return self._steps / self._timeline.total
 
     @property
     def done(self) -> bool:
         """Whether the schedule is over: time for :meth:`finalize`."""
-        return self._ticks >= self._timeline.ticks
+        return self._steps >= self._timeline.total
 
     @property
     def phase(self) -> str:
         """``"transform"`` until :meth:`finalize`, then ``"finetune"``."""
-        return "finetune" if self._ticket.enforcing else "transform"
+        return self._ticket.stage.phase.value
 
     def apply_penalty(self) -> None:
-        """Add λ·w to ``.grad`` by hand: between ``backward()`` and an update that is no ``torch.optim.Optimizer``'s.
+        """Add λ·w to ``.grad``, between ``backward()`` and an update that is not a ``torch.optim.Optimizer``'s.
 
         The gradient must be final: accumulated, unscaled and clipped. It silences the optimizer hook until the next
         :meth:`step`. Go on calling it after :meth:`finalize`: there it restores zeros that such an update has moved.
@@ -178,7 +198,7 @@ class RSTScheduler:
             RuntimeError: no target has a gradient.
         """
         with torch.no_grad():
-            if not self._ticket.penalize_by_hand() and self._ticket.holds:
+            if not self._ticket.apply_penalty() and self._ticket.parameters:
                 raise RuntimeError("apply_penalty() found no gradient on any target; call it after loss.backward()")
 
     # -- the end of the transformation ---------------------------------------------------------------------------------
@@ -193,7 +213,7 @@ class RSTScheduler:
             What was pruned and what norm it still had, per layer and in total. Collective where weights are sharded.
 
         Raises:
-            RuntimeError: no update ever carried the penalty, the scheduler was removed, or a target is out of reach.
+            RuntimeError: no update ever applied the penalty, the scheduler was removed, or a target is out of reach.
             ValueError: an unknown layout, or a model that the layout "prune" cannot carry.
 
         Warns:
@@ -202,21 +222,23 @@ class RSTScheduler:
         if layout not in ("plain", "prune"):
             raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
         ticket = self._ticket
-        if not ticket.enforcing:
-            validation.check_trained(ticket, self._ticks)
+        if not ticket.holds:
+            validation.check_trained(ticket, self._steps)
             ticket.reshard()
             if layout == "prune":
-                check_stock_layout(ticket.holds)
+                check_stock_layout(ticket)
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
-            with validation.masks_unchanged_on_error(ticket):
-                ticket.set_masks(self._plan.masks(self.seed))
-                report = measure(ticket)
-                warn_of_residual(report, self._ticks, self._timeline)
-                ticket.enforce()
-            self._report = report
+            masks = self._plan.masks(self.seed)
+            report = measure(ticket, masks)
+            warn_of_residual(report, self._steps, self._timeline)
+            ticket.hold_zeros(masks, self._steps, report)
         if layout == "prune":
             self.to_prune()
         return self._report
+
+    @property
+    def _report(self) -> Report:
+        return self._ticket.stage.report or Report.of(())
 
     def to_prune(self) -> None:
         """Turn the finalized model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
@@ -227,10 +249,10 @@ class RSTScheduler:
             RuntimeError: before :meth:`finalize`.
             ValueError: what this layout cannot carry: DTensor, tied, parametrized, not called (attention's out_proj).
         """
-        if not self._ticket.enforcing:
+        if not self._ticket.holds:
             raise RuntimeError("to_prune() needs the final masks: call finalize() first")
         self._ticket.reshard()
-        to_stock_layout(self._ticket.holds)
+        to_stock_layout(self._ticket)
 
     def remove(self) -> None:
         """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""
@@ -249,8 +271,7 @@ class RSTScheduler:
         return mask_view.sparsity_of(self._masks())
 
     def _masks(self) -> dict[str, SeededMask]:
-        cycle = -1 if self._ticket.enforcing else self._cycle
-        return mask_view.still_held(self._plan.masks(self.seed, cycle), self._ticket)
+        return mask_view.still_managed(self._ticket)
 
     def residual(self) -> float:
         """‖masked weights‖ / ‖all target weights‖ now. Reads every weight; collective where they are sharded."""
@@ -260,7 +281,7 @@ class RSTScheduler:
         """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
             ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
         """
         mask_view.apply_masks(model, self._masks())
@@ -268,18 +289,21 @@ class RSTScheduler:
     def __repr__(self) -> str:
         cycles = self._timeline.cycles
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
-        schedule = f"{self.progress:.0%} of {self._timeline.ticks:,} ticks, λ={self.penalty:.4g}"
+        schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
         return f"RSTScheduler({self.phase}{cycle}: {schedule}, {layers}, seed={self.seed})"
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Ticks, phase, seed, a fingerprint of each mask, what ``finalize()`` returned; never masks or weights."""
+        """Scheduler steps (under ``ticks``), phase, seed, a fingerprint of each mask, the report of ``finalize()``.
+
+        Never masks or weights. It may wait for the device.
+        """
         return {
             "version": validation.STATE_VERSION,
-            "ticks": self._ticks,
-            "update_pending": self._ticket.has_pending_update(),
+            "ticks": self._steps,
+            "update_pending": self._ticket.updates.settle(wait=True),
             "phase": self.phase,
             "seed": self.seed,
             "masks": self._fingerprints(self.seed),
@@ -295,26 +319,44 @@ class RSTScheduler:
             ValueError: not a state of this class, or the masks differ; names the first layer that does.
             RuntimeError: a finalized state, but this scheduler holds no layer.
         """
-        (ticks, pending, phase, seed, report), ticket = validation.check_state(state, self._ticket), self._ticket
-        # An update without a tick is no use yet: torch.distributed.checkpoint makes one before it loads.
-        mine = self.seed if self._seed_is_given or self._ticks or ticket.enforcing else seed
+        ticket, timeline = self._ticket, self._timeline
+        steps, pending, phase, seed, report = validation.check_state(state, ticket)
+        # An update without a scheduler step is no use yet: torch.distributed.checkpoint makes one before it loads.
+        mine = self.seed if self._seed_is_given or self._steps or ticket.holds else seed
         validation.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
-        ticks = min(ticks, self._timeline.ticks)
-        penalty = self._timeline.penalty(ticks)  # a schedule may raise
-        if phase == "finetune" and not ticket.enforcing:
-            with validation.masks_unchanged_on_error(ticket):
-                ticket.set_masks(self._plan.masks(seed))
-                ticket.reshard()
-                ticket.enforce()
-        self.seed, self._ticks, self._report = seed, ticks, report
-        ticket.resume(pending)
+        steps = min(steps, timeline.total)
+        penalty = timeline.penalty(steps)  # a schedule may raise
         if phase == "finetune":
-            return
-        if ticket.enforcing:
-            ticket.relax()
-        ticket.set_masks(self._plan.masks(self.seed, self._cycle))
-        ticket.penalty = penalty
+            ticket.reshard()
+            ticket.hold_zeros(self._plan.masks(seed), steps, report)
+        else:
+            ticket.transform(self._plan.masks(seed, timeline.cycle(steps)), penalty, steps)
+        ticket.resume(pending=pending)
 
     def _fingerprints(self, seed: int) -> dict[str, str]:
-        masks = mask_view.still_held(self._plan.masks(seed), self._ticket)
-        return {name: mask.fingerprint for name, mask in masks.items()}
+        masks = self._plan.masks(seed).items()
+        return {name: mask.fingerprint for name, mask in masks if name not in self._ticket.detached}
+
+
+def release(model: nn.Module) -> None:
+    """Take off whatever manages weights of the model, and leave a plain one: zeros stay, but nothing holds them.
+
+    For a scheduler or held masks that no name reaches any more: after an interrupted notebook cell, or in a copy of a
+    finalized model. Where there is a name, its ``remove()`` does the same. A model that nothing manages is left alone.
+
+    Args:
+        model: the whole model, or a part of it; a parameter that is also used elsewhere is released there too.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> model = nn.Linear(8, 4)
+        >>> rst = RSTScheduler(model, sparsity=0.5)
+        >>> release(model)
+        >>> rst = RSTScheduler(model, sparsity=0.75)  # without release() an error: it is managed already
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"release() takes a torch.nn.Module, got {type(model).__name__}: give the model itself")
+    for ticket in {hook.ticket for hook in layer_hooks(model)}:
+        ticket.release()

@@ -192,7 +192,7 @@ def read_idx(path: Path) -> Tensor:
     """A tensor of bytes in the idx format: two zeros, the type (8 = byte), the number of dimensions, their sizes."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is no idx file of bytes")
+        raise ValueError(f"{path} is not an idx file of bytes")
     dims = content[3]
     shape = np.frombuffer(content, ">u4", dims, offset=4).tolist()
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())

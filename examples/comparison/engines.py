@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 def in_this_process(
-    cells: list[Cell], folder: Path | None, device: torch.device, tick: Callable[[int], None]
+    cells: list[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]
 ) -> Results:
     """One after the other. Under torchrun each is trained by all ranks together, and rank 0 tells the others how it
     went, so that all make the same choices afterwards."""
     for cell in cells:
-        result = [run_cell(cell, folder, device, tick)]
+        result = [run_cell(cell, folder, device, advance)]
         if dist.is_initialized():
             dist.broadcast_object_list(result, src=0)
         yield cell, result[0]
 
 
 def in_processes(
-    jobs: int, cells: list[Cell], folder: Path | None, device: torch.device, tick: Callable[[int], None]
+    jobs: int, cells: list[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]
 ) -> Results:
     """Several at a time, with an equal share of the cores each."""
     threads = max(1, torch.get_num_threads() // jobs)
@@ -46,7 +46,7 @@ def in_processes(
         try:
             for finished in as_completed(waiting):
                 cell, result = waiting[finished], finished.result()
-                tick(cell.updates)
+                advance(cell.updates)
                 yield cell, result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -66,7 +66,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def on_ray(cells: list[Cell], folder: Path | None, device: torch.device, tick: Callable[[int], None]) -> Results:
+def on_ray(cells: list[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]) -> Results:
     """As many at a time as the Ray cluster has room for: one core each, or one GPU each.
 
     The machines need the same environment: this package, and the data under the same path.
@@ -80,7 +80,7 @@ def on_ray(cells: list[Cell], folder: Path | None, device: torch.device, tick: C
     while waiting:
         (finished, *_), _ = ray.wait(list(waiting), num_returns=1)
         cell, result = waiting.pop(finished), ray.get(finished)
-        tick(cell.updates)
+        advance(cell.updates)
         yield cell, result
 
 

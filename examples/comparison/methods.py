@@ -82,7 +82,7 @@ def hold_largest(job: Job, sparsity: float, **options: Any) -> None:
 def gradual(job: Job) -> None:
     """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878): more and more of the smallest weights go.
 
-    The sparsity grows as 1 - (1 - progress)³, in equal intervals; between them the masks are held.
+    The sparsity grows as 1 - (1 - progress)³, in equal intervals; between them the masks stay.
     """
     job.train_delay()
     length = job.search - sum(job.done.values())
@@ -182,8 +182,8 @@ SEARCHES = {"L1", "GMP", "LTH", "LTH-iter", "random-after-dense", "RST", "RST-ER
 BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
-PENALISED = {"RST", "RST-ERK", "RST-iter"}
-DELAYED = {*PENALISED, "GMP"}
+PENALIZED = {"RST", "RST-ERK", "RST-iter"}
+DELAYED = {*PENALIZED, "GMP"}
 WITH_PATTERN = {"dense", "scratch", "L1", "random-after-dense", "RST"}
 
 
@@ -202,7 +202,7 @@ def with_its_own(cell: Cell) -> Cell:
         unused |= {"anneal": "each", "optimizer_state": "", "recalibrate": 0}
     elif cell.optimizer_state == ("new" if cell.anneal == "each" else "kept"):
         unused |= {"optimizer_state": ""}
-    if method not in PENALISED:
+    if method not in PENALIZED:
         unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0}
     if method not in DELAYED:
         unused |= {"delay": 0.0}

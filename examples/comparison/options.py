@@ -65,7 +65,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         " search and the training of the ticket together, except for LTH, which starts again; default: each"
     )
     budget("--anneal", choices=("each", "once"), default="each", help=text)
-    text = "runs, with seeds of their own, that try each learning rate; default: 1"
+    text = "runs, with separate seeds, that try each learning rate; default: 1"
     budget("--tuning-seeds", type=at_least(1), default=1, metavar="N", help=text)
 
     how = parser.add_argument_group("how the methods work").add_argument

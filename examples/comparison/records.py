@@ -31,7 +31,7 @@ class Records:
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 if number == len(lines):
                     continue  # the program was stopped while it wrote this line; the run is made again
-                raise ValueError(f"{path}, line {number} is no record of this program: {error}") from error
+                raise ValueError(f"{path}, line {number} is not a record of this program: {error}") from error
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
         """Keep a result; it is on the disk when this returns. Of several ranks only one writes."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-RIVALS = ("scratch", "scratch-scaled", "scratch-short", "LTH", "LTH-iter", "random-after-dense")
+BASELINES = ("scratch", "scratch-scaled", "scratch-short", "LTH", "LTH-iter", "random-after-dense")
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,24 @@ class Report:
                 row.label += f" ({row.cell.variant})" if row.cell.variant else ""
         self.dense = next((row for row in self.rows if row.cell.method == "dense"), None)
 
-    def rival(self, row: Row, method: str) -> Row | None:
+    def baseline(self, row: Row, method: str) -> Row | None:
         return next((r for r in self.rows if r.cell.sparsity == row.cell.sparsity and r.cell.method == method), None)
 
     def markdown(self) -> str:
-        rivals = [rival for rival in RIVALS if any(row.cell.method == rival for row in self.rows)]
+        baselines = [baseline for baseline in BASELINES if any(row.cell.method == baseline for row in self.rows)]
         header = ["sparsity", "method", "test accuracy, %"]
-        header += [f"− {rival}" for rival in rivals] + ["updates: dense + sparse", "training FLOPs", "residual", "rate"]
-        lines = ["| " + " | ".join(header) + " |", "|---:|---|---:|" + "---:|" * len(rivals) + "---:|---:|---:|---:|"]
+        header += [f"− {baseline}" for baseline in baselines] + [
+            "updates: dense + sparse",
+            "training FLOPs",
+            "residual",
+            "rate",
+        ]
+        lines = [
+            "| " + " | ".join(header) + " |",
+            "|---:|---|---:|" + "---:|" * len(baselines) + "---:|---:|---:|---:|",
+        ]
         for row in self.rows:
-            differences = [row.minus(self.rival(row, rival)) for rival in rivals]
+            differences = [row.minus(self.baseline(row, baseline)) for baseline in baselines]
             flops = row.first["training_flops"]
             residual = "" if row.first["residual"] is None else f"{row.over_seeds('residual').mean:.2%}"
             relative = f" ({flops / self.dense.first['training_flops']:.2f}×)" if self.dense else ""
@@ -114,7 +122,7 @@ class Report:
     def write_csv(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            names = ["test", "validation", *(f"minus_{rival}" for rival in RIVALS)]
+            names = ["test", "validation", *(f"minus_{baseline}" for baseline in BASELINES)]
             writer.writerow(
                 ["data", "model", "method", "sparsity", "achieved_sparsity", "seeds"]
                 + [column for name in names for column in (f"{name}_mean", f"{name}_half_95")]
@@ -122,7 +130,11 @@ class Report:
             )
             for row in self.rows:
                 cell, first = row.cell, row.first
-                estimates = [row.test, row.over_seeds("validation"), *(row.minus(self.rival(row, r)) for r in RIVALS)]
+                estimates = [
+                    row.test,
+                    row.over_seeds("validation"),
+                    *(row.minus(self.baseline(row, r)) for r in BASELINES),
+                ]
                 residual = None if first["residual"] is None else row.over_seeds("residual").mean
                 writer.writerow(
                     [cell.data, cell.model, row.label, cell.sparsity, first["achieved_sparsity"], len(row.runs)]

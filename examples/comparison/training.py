@@ -39,11 +39,11 @@ def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) 
 
 
 class Job:
-    """What a method has in hand: a model, its budget, and the loop."""
+    """What a method works on: a model, its budget, and the loop."""
 
-    def __init__(self, cell: Cell, data: Images | Text, device: torch.device, tick: Callable[[int], None]) -> None:
+    def __init__(self, cell: Cell, data: Images | Text, device: torch.device, advance: Callable[[int], None]) -> None:
         torch.manual_seed(cell.seed)
-        self.cell, self.data, self.device, self.tick = cell, data, device, tick
+        self.cell, self.data, self.device, self.advance = cell, data, device, advance
         self.recipe = MODELS[cell.model]
         self.model = self.recipe.build(data.example_shape, data.classes).to(device)
         self.ticket: Any = None  # whatever has `masks` of what it holds at zero
@@ -61,7 +61,7 @@ class Job:
             self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
             self._forward = nn.parallel.DistributedDataParallel(self.model)
         if cell.compile:
-            torch.compiler.reset()  # every run has a model of its own, and only so many are kept
+            torch.compiler.reset()  # every run has its own model, and only so many are kept
             self._forward = torch.compile(self._forward)
         self._batches = data.batches(cell.batch, cell.seed, self._rank, self._ranks)
 
@@ -92,7 +92,7 @@ class Job:
         self.masked = accuracy(self.model, self.data, "validation")
 
     def train(self, updates: int, rate: float, after_update: Callable[[], None] | None = None) -> None:
-        """A stretch of training, with an optimizer and a learning-rate schedule of its own unless all share one."""
+        """A stretch of training, with its own optimizer and learning-rate schedule unless all share one."""
         masks = dict(self.masks)
         first, last = 0, updates
         if self.cell.anneal == "once":
@@ -119,8 +119,8 @@ class Job:
             if after_update is not None:
                 after_update()
             if update % 50 == 49:
-                self.tick(50)
-        self.tick(updates % 50)
+                self.advance(50)
+        self.advance(updates % 50)
 
 
 @torch.no_grad()
@@ -147,12 +147,12 @@ def share_of_rate(progress: float) -> float:
 
 
 def run_cell(
-    cell: Cell, folder: Path | None, device: torch.device, tick: Callable[[int], None] = lambda updates: None
+    cell: Cell, folder: Path | None, device: torch.device, advance: Callable[[int], None] = lambda updates: None
 ) -> dict[str, Any]:
     """Train and measure; the test set is looked at once, after the last update, and not at all in tuning runs."""
     started = time.perf_counter()
     data = load(cell.data, folder, device, cell.pixels)
-    job = Job(cell, data, device, tick)
+    job = Job(cell, data, device, advance)
     METHODS[cell.method](job)
     assert job.left == 0
     masks = dict(job.masks)

@@ -1,4 +1,4 @@
-"""The baselines: masks held by hand and by the library end in the same weights, bit for bit."""
+"""The baselines: a manual loop and the library end in the same weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(model, shape, updates, first=0):
         optimizer.step()
 
 
-def train_by_hand(model, masks, shape, updates, first=0):
+def train_manually(model, masks, shape, updates, first=0):
     parameters = dict(model.named_parameters())
     optimizer = new_optimizer(model)
     for index in range(first, first + updates):
@@ -44,7 +44,7 @@ def train_by_hand(model, masks, shape, updates, first=0):
             parameters[name].data[~mask] = 0
 
 
-def smallest_by_hand(weights, masks, count):
+def smallest_manually(weights, masks, count):
     """One weight at a time: the smallest of those that are left, the first of equal ones."""
     masks = {name: mask.clone() for name, mask in masks.items()}
     removed = sum(int((~mask).sum()) for mask in masks.values())
@@ -67,37 +67,37 @@ def targets_of(model):
     }
 
 
-def lottery_by_hand(model, sparsity, rounds, scope, shape, early):
+def lottery_manually(model, sparsity, rounds, scope, shape, early):
     """Train, prune, rewind, as one would write it for one model."""
     weights = targets_of(model)
     masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     train(model, shape, early)
     origin = copy.deepcopy(model.state_dict())
     for number in range(1, rounds + 1):
-        train_by_hand(model, masks, shape, 10, first=early)
+        train_manually(model, masks, shape, 10, first=early)
         level = sparsity if number == rounds else 1 - (1 - sparsity) ** (number / rounds)
         weights = {name: dict(model.named_parameters())[name].detach() for name in masks}
         if scope == "global":
             total = sum(weight.numel() for weight in weights.values())
-            masks = smallest_by_hand(weights, masks, round(level * total))
+            masks = smallest_manually(weights, masks, round(level * total))
         else:
             for name in masks:
                 one = {name: masks[name]}
-                masks |= smallest_by_hand({name: weights[name]}, one, round(level * masks[name].numel()))
+                masks |= smallest_manually({name: weights[name]}, one, round(level * masks[name].numel()))
         model.load_state_dict(origin)
         for name, mask in masks.items():
             dict(model.named_parameters())[name].data[~mask] = 0
-    train_by_hand(model, masks, shape, 10, first=early)
+    train_manually(model, masks, shape, 10, first=early)
     return masks
 
 
 @pytest.mark.parametrize("build", [mlp, cnn, transformer])
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 @pytest.mark.parametrize(("rounds", "early"), [(1, 0), (3, 0), (3, 5)])
-def test_lottery_ticket_is_the_one_found_by_hand(build, scope, rounds, early):
-    model, by_hand = twins(build)
+def test_lottery_ticket_is_the_one_of_a_manual_loop(build, scope, rounds, early):
+    model, manual = twins(build)
     shape = INPUT_SHAPES[build]
-    expected = lottery_by_hand(by_hand, 0.8, rounds, scope, shape, early)
+    expected = lottery_manually(manual, 0.8, rounds, scope, shape, early)
 
     ticket = LotteryTicket(model, 0.8, rounds=rounds, distribution=scope)
     if early:
@@ -110,7 +110,7 @@ def test_lottery_ticket_is_the_one_found_by_hand(build, scope, rounds, early):
 
     assert list(ticket.masks) == list(expected)
     assert all(torch.equal(ticket.masks[name], mask) for name, mask in expected.items())
-    for (name, mine), theirs in zip(model.state_dict().items(), by_hand.state_dict().values(), strict=True):
+    for (name, mine), theirs in zip(model.state_dict().items(), manual.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     assert ticket.sparsity == pytest.approx(0.8, abs=0.01)
 
@@ -130,7 +130,7 @@ def test_rounds_are_nested_and_have_the_counts_of_iterative_rst():
         ticket.prune_and_rewind()
 
 
-def test_rewinding_brings_back_buffers_and_forgets_gradients():
+def test_rewinding_restores_buffers_and_drops_gradients():
     model = make(cnn)
     origin = copy.deepcopy(model.state_dict())
     ticket = LotteryTicket(model, 0.5)
@@ -144,7 +144,7 @@ def test_rewinding_brings_back_buffers_and_forgets_gradients():
         ticket.remember()
 
 
-def test_a_layer_that_prune_remove_took_out_stays_out():
+def test_a_layer_detached_by_prune_remove_stays_detached():
     model = make(mlp)
     ticket = LotteryTicket(model, 0.9, rounds=2)
     ticket.prune_and_rewind()
@@ -172,7 +172,7 @@ def test_magnitude_masks_remove_the_smallest(distribution):
         assert kept.min() >= gone.max()
 
 
-def test_equal_magnitudes_go_by_position_and_earlier_masks_come_first():
+def test_of_equal_magnitudes_the_first_are_removed_and_masked_ones_before_all():
     model = nn.Linear(6, 1)
     nn.init.ones_(model.weight)
     assert magnitude_masks(model, 0.5)["weight"].tolist() == [[False] * 3 + [True] * 3]
@@ -186,7 +186,7 @@ def test_a_mapping_chooses_the_sparsity_by_name():
 
 
 @pytest.mark.parametrize("options", [{}, {"distribution": "erk"}, {"pattern": "2:4", "sparsity": None}])
-def test_a_random_ticket_is_that_of_the_scheduler_with_the_same_seed(options):
+def test_a_random_ticket_is_that_of_a_scheduler_with_the_same_seed(options):
     model, other = twins(mlp)
     options = {"sparsity": 0.9, "exclude": ["4"], "seed": 3} | options
     held = random_ticket(model, **options)
@@ -197,17 +197,17 @@ def test_a_random_ticket_is_that_of_the_scheduler_with_the_same_seed(options):
 
 
 @pytest.mark.parametrize("build", [mlp, cnn, transformer])
-def test_held_masks_hold_through_training_copies_and_removal(build):
-    model, by_hand = twins(build)
+def test_held_masks_stay_in_force_through_training_copies_and_deletion(build):
+    model, manual = twins(build)
     masks = {name: torch.rand_like(weight) > 0.5 for name, weight in targets_of(model).items()}
     held = hold(model, masks)
     shape = INPUT_SHAPES[build]
     with torch.no_grad():
         for name, mask in masks.items():
-            dict(by_hand.named_parameters())[name].mul_(mask)
+            dict(manual.named_parameters())[name].mul_(mask)
     train(model, shape, 20)
-    train_by_hand(by_hand, masks, shape, 20)
-    assert all(map(torch.equal, model.state_dict().values(), by_hand.state_dict().values()))
+    train_manually(manual, masks, shape, 20)
+    assert all(map(torch.equal, model.state_dict().values(), manual.state_dict().values()))
     assert prune.is_pruned(model)
 
     clone = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -219,7 +219,7 @@ def test_held_masks_hold_through_training_copies_and_removal(build):
         assert all(torch.equal(parameters[name] == 0, ~mask) for name, mask in masks.items())
 
 
-def test_after_removal_nothing_is_held():
+def test_after_remove_the_model_is_plain():
     model = make(mlp)
     held = random_ticket(model, 0.9, seed=0)
     held.remove()
@@ -229,14 +229,14 @@ def test_after_removal_nothing_is_held():
     hold(model, magnitude_masks(model, 0.5))
 
 
-def test_apply_masks_zeroes_a_copy_begun_before():
+def test_apply_masks_zeroes_an_earlier_copy():
     model, average = twins(mlp)
     held = random_ticket(model, 0.9, seed=0)
     held.apply_masks(average)
     assert torch.equal(average[0].weight == 0, ~held.masks["0.weight"])
 
 
-def test_tied_frozen_and_pruned_neighbors_do_not_disturb():
+def test_tied_frozen_and_pruned_neighbors_do_not_matter():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -253,7 +253,7 @@ def test_tied_frozen_and_pruned_neighbors_do_not_disturb():
     assert held.sparsity == pytest.approx(float((~mask).float().mean()))
 
 
-def test_a_mask_goes_on_the_direction_under_weight_norm_but_may_not_empty_it():
+def test_weight_norm_masks_the_direction_but_may_not_empty_it():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)))
     name = "0.parametrizations.weight.original1"
     mask = torch.tensor([[True, False, True, False]] * 3)
@@ -276,7 +276,7 @@ def test_a_mask_goes_on_the_direction_under_weight_norm_but_may_not_empty_it():
         ({"0.bias": torch.ones(20, dtype=torch.bool)}, ValueError, "none of the types in `targets`"),
     ],
 )
-def test_hold_says_what_is_wrong_and_changes_nothing(masks, error, message):
+def test_bad_masks_are_refused_and_nothing_is_changed(masks, error, message):
     model = make(mlp)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=message):
@@ -294,30 +294,30 @@ def test_hold_says_what_is_wrong_and_changes_nothing(masks, error, message):
         lambda model: hold(model, {"weight": torch.ones(2, dtype=torch.bool)}),
     ],
 )
-def test_what_is_no_module_is_refused(call):
+def test_other_objects_than_modules_are_refused(call):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict: give the model itself"):
         call(dict(make(mlp).state_dict()))
 
 
-def test_a_random_ticket_that_is_refused_draws_no_seed():
+def test_a_refused_random_ticket_draws_no_seed():
     model, layer = make(mlp), parametrizations.weight_norm(nn.Linear(4, 3))
     random_ticket(model, 0.5, seed=0)
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="is held by another"):
+    with pytest.raises(ValueError, match="is managed by another"):
         random_ticket(model, 0.9)
     with pytest.raises(ValueError, match="would empty a whole slice"):
         random_ticket(layer, 0.9)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_mask_by_the_other_name_of_a_tied_weight():
+def test_a_mask_under_the_second_name_of_a_tied_weight_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"'1\.weight' has no parameter to go on: it is tied to 0\.weight: name that"):
+    with pytest.raises(ValueError, match=r"'1\.weight' does not belong to a parameter: it is tied to 0\.weight"):
         hold(model, {"1.weight": torch.ones(4, 4, dtype=torch.bool)})
 
 
-def test_what_is_held_already_is_refused():
+def test_managed_parameters_are_refused():
     model = make(mlp)
     random_ticket(model, 0.5, seed=0)
     for again in (
@@ -326,7 +326,7 @@ def test_what_is_held_already_is_refused():
         lambda: LotteryTicket(model, 0.9),
         lambda: RSTScheduler(model, 0.9),
     ):
-        with pytest.raises(ValueError, match="is held by another"):
+        with pytest.raises(ValueError, match="is managed by another"):
             again()
 
 
@@ -342,7 +342,7 @@ def test_what_is_held_already_is_refused():
         ({"exclude": ["head"]}, ValueError, "matches no module"),
     ],
 )
-def test_lottery_ticket_says_what_is_wrong(options, error, message):
+def test_bad_arguments_of_the_lottery_ticket_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         LotteryTicket(make(mlp), **options)
 
@@ -360,7 +360,7 @@ def test_lottery_ticket_says_what_is_wrong(options, error, message):
         )
     )
 )
-def test_any_block_of_a_chosen_mask_is_a_block_of_the_whole(drawn):
+def test_any_block_of_an_explicit_mask_is_a_block_of_the_whole(drawn):
     shape, *blocks = drawn
     kept = torch.rand(shape) > 0.5
     mask = ExplicitMask(kept)

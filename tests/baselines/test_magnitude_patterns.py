@@ -36,7 +36,7 @@ def test_the_largest_of_each_group_stay(layer, pattern):
             assert kept[first : first + m].nonzero().flatten().tolist() == sorted(group.topk(n).indices.tolist())
 
 
-def test_equal_ones_go_by_position_and_earlier_masks_come_first():
+def test_of_equal_magnitudes_the_first_are_removed_and_masked_ones_before_all():
     model = nn.Linear(4, 2)
     nn.init.ones_(model.weight)
     assert magnitude_masks(model, pattern="2:4")["weight"].tolist() == [[False, False, True, True]] * 2
@@ -45,7 +45,7 @@ def test_equal_ones_go_by_position_and_earlier_masks_come_first():
     assert masks["weight"].tolist() == [[False, True, True, False], [True, True, False, False]]
 
 
-def test_the_masks_are_those_of_the_pattern_and_can_be_held():
+def test_the_masks_have_the_pattern_and_can_be_held():
     model = make(mlp)
     masks = magnitude_masks(model, {"0": 0.5, "2": 0.5}, pattern="2:4")
     expected = RSTScheduler(make(mlp), {"0": 0.5, "2": 0.5}, pattern="2:4", seed=0).masks
@@ -64,13 +64,13 @@ def test_the_masks_are_those_of_the_pattern_and_can_be_held():
         ({"pattern": "4:2"}, "unknown pattern '4:2'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options, message):
+def test_incompatible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         magnitude_masks(make(mlp), **options)
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "global"])
-def test_without_a_sparsity_and_a_pattern_a_tenth_stays(distribution):
+def test_the_default_sparsity_is_90_percent(distribution):
     masks = magnitude_masks(make(mlp), distribution=distribution)
     sizes = {name: mask.numel() for name, mask in masks.items()}
     kept = sum(int(mask.sum()) for mask in masks.values())

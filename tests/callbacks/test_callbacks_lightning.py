@@ -120,7 +120,7 @@ def test_trains_what_the_plain_loop_trains(when):
     assert callback.report.total.residual > 0
 
 
-def test_ticks_once_for_each_update_under_accumulation_and_clipping():
+def test_one_scheduler_step_for_each_update_under_accumulation_and_clipping():
     callback = RSTCallback(**TICKET)
     module, _ = fit(callback, accumulate_grad_batches=2, gradient_clip_val=0.1)
     expected, _ = plain_loop(EPOCHS * BATCHES // 2, accumulate=2, clip=0.1, steps=EPOCHS * BATCHES // 4)
@@ -129,7 +129,7 @@ def test_ticks_once_for_each_update_under_accumulation_and_clipping():
 
 
 class Manual(Module):
-    """Every second batch ends in an update, and the module decides so itself."""
+    """The module itself makes an update at every second batch."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ class Manual(Module):
             optimizer.zero_grad()
 
 
-def test_manual_optimization_ticks_where_it_updates():
+def test_manual_optimization_steps_the_scheduler_at_its_updates():
     callback = RSTCallback(**TICKET, steps=EPOCHS * BATCHES // 4)
     module, _ = fit(callback, Manual())
     expected, _ = plain_loop(EPOCHS * BATCHES // 2, accumulate=2, steps=EPOCHS * BATCHES // 4)
@@ -175,12 +175,12 @@ def test_resumes_from_a_checkpoint(tmp_path, epoch, seed):
     assert callback.scheduler.progress == min(1, epoch / 2)
     first_seed = callback.scheduler.seed
 
-    torch.manual_seed(12)  # a process of its own would draw another seed
+    torch.manual_seed(12)  # another process would draw another seed
     resumed = RSTCallback(**{**TICKET, "seed": seed})
     module = Module()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.zero_()  # all must come from the checkpoint
+            parameter.zero_()  # all weights must come from the checkpoint
     fit(resumed, module, ckpt_path=tmp_path / "last.ckpt")
     expected, _ = plain_loop(seed=first_seed)
     assert resumed.scheduler.seed == first_seed
@@ -191,8 +191,8 @@ def test_resumes_from_a_checkpoint(tmp_path, epoch, seed):
     assert_same(module.net, expected)
 
 
-def test_goes_back_to_the_transformation_with_an_earlier_checkpoint(tmp_path):
-    """In one process: the layers are held at zero when the dense weights come back."""
+def test_an_earlier_checkpoint_brings_back_the_transformation(tmp_path):
+    """In one process: masks are in force when the dense weights are loaded."""
     saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     callback = RSTCallback(**TICKET)
     module, trainer = fit(callback, callbacks=[saving])
@@ -203,8 +203,8 @@ def test_goes_back_to_the_transformation_with_an_earlier_checkpoint(tmp_path):
         torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
 
 
-def test_a_callback_that_goes_on_with_another_module(tmp_path):
-    """In a notebook: what comes from the checkpoint is not for the module of the cell before."""
+def test_a_callback_used_for_a_second_module(tmp_path):
+    """As in a notebook: the state of the checkpoint is not for the module of the cell before."""
     saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     callback = RSTCallback(**TICKET)
     first, _ = fit(callback, callbacks=[saving])
@@ -217,7 +217,7 @@ def test_a_callback_that_goes_on_with_another_module(tmp_path):
         torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
 
 
-def test_a_state_that_comes_with_another_module_to_test_is_not_taken(tmp_path):
+def test_states_restored_for_testing_another_module_are_ignored(tmp_path):
     """Lightning restores callbacks for tests and validations too."""
     saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     callback = RSTCallback(**TICKET)
@@ -263,7 +263,7 @@ def test_logs_through_the_logger_of_the_trainer():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision_agrees_with_the_plain_loop(precision):
-    """fp16 by GradScaler, whose first steps are skipped for infinities and must not tick."""
+    """float16 with GradScaler, whose first steps are skipped for infinities and do not count."""
     kind = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**40) for _ in range(2)]
     scaled = precision == "16-mixed"
@@ -299,7 +299,7 @@ def test_mixed_precision_agrees_with_the_plain_loop(precision):
 
 
 RANKS = """
-import os, sys, torch, warnings
+import gc, os, sys, torch, warnings
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -307,13 +307,17 @@ from test_callbacks_lightning import TICKET, DataLoader, TensorDataset, fit, loa
 from torch_dual_ticket.callbacks.lightning import RSTCallback
 
 if __name__ == "__main__":
-    callback = RSTCallback(**{**TICKET, "seed": None})  # the ranks have to agree on one
+    callback = RSTCallback(**{**TICKET, "seed": None})  # drawn, and agreed on by the ranks
     rank = int(os.environ.get("LOCAL_RANK", 0))
     data = DataLoader(TensorDataset(*(tensor[rank::2] for tensor in loader().dataset.tensors)), batch_size=4)
     module, trainer = fit(callback, data=data, strategy="ddp", devices=2, use_distributed_sampler=False)
     assert callback.scheduler.phase == "finetune"
     if trainer.is_global_zero:
         torch.save([callback.scheduler.seed, module.net.state_dict()], sys.argv[1])
+    torch.distributed.barrier()  # a rank that ends while the other still needs its connection can abort
+    del callback, module, trainer  # they refer to the group
+    gc.collect()
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -321,8 +325,8 @@ def test_two_ranks_agree_with_one_process(tmp_path):
     """Each rank has every second example: together the batches of 8 of one process."""
     script, end = tmp_path / "ranks.py", tmp_path / "end.pt"
     script.write_text(RANKS)
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    folders = [str(Path(__file__).parents[level]) for level in range(3)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     subprocess.run([sys.executable, script, end], env=environment, check=True, timeout=300, capture_output=True)
     seed, state = torch.load(end)
     expected, _ = plain_loop(EPOCHS * BATCHES // 2, batch_size=8, steps=EPOCHS * BATCHES // 4, seed=seed)
@@ -331,7 +335,7 @@ def test_two_ranks_agree_with_one_process(tmp_path):
     assert_same(trained, expected)
 
 
-# ---------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------- errors and warnings
 
 
 @pytest.mark.parametrize(
@@ -347,27 +351,27 @@ def test_two_ranks_agree_with_one_process(tmp_path):
         ({"schedule": "quadratik"}, ValueError, "did you mean 'quadratic'"),
     ],
 )
-def test_says_what_is_wrong_with_its_arguments_when_it_is_made(settings, error, message):
+def test_bad_arguments_are_refused_at_construction(settings, error, message):
     with pytest.raises(error, match=message):
         RSTCallback(**settings)
 
 
-def test_says_that_hold_leaves_nothing():
+def test_a_hold_that_leaves_no_steps_is_refused():
     with pytest.raises(ValueError, match="hold=16 leaves no updates for λ to rise: 50% of 32 updates"):
         fit(RSTCallback(**TICKET, hold=16))
 
 
-def test_says_that_the_trainer_must_know_an_end():
-    with pytest.raises(ValueError, match="give steps, or a limit"):
+def test_a_trainer_without_an_end_needs_steps():
+    with pytest.raises(ValueError, match="give steps or limit its training"):
         fit(RSTCallback(**TICKET), epochs=-1)
 
 
-def test_warns_of_a_schedule_that_is_longer_than_the_training():
+def test_a_schedule_longer_than_the_training_warns():
     with pytest.warns(UserWarning, match="takes 40|ended at 80%") as warned:
         fit(RSTCallback(**TICKET, steps=40))
-    said = " ".join(str(warning.message) for warning in warned)
-    assert "takes 40 updates, but this training makes 32" in said
-    assert "ended at 80% of the transformation" in said
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "takes 40 updates, but this training makes 32" in messages
+    assert "ended at 80% of the transformation" in messages
 
 
 def test_cycles_and_hold_share_the_fraction():
@@ -418,7 +422,7 @@ else:
         ({"lightning"}, "finetune 50"),
     ],
 )
-def test_works_with_the_lightning_that_there_is(hidden, printed):
+def test_works_with_either_name_of_lightning(hidden, printed):
     command = [sys.executable, "-W", "ignore", "-c", SOLE_NAME.format(hidden=hidden)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert printed in result.stdout

@@ -128,7 +128,7 @@ def test_trains_what_the_plain_loop_trains(tmp_path, when):
     assert callback.report.total.residual > 0
 
 
-def test_ticks_once_for_each_update_under_accumulation(tmp_path):
+def test_one_scheduler_step_for_each_update_under_accumulation(tmp_path):
     callback = RSTCallback(**TICKET)
     trainer = trainer_of(tmp_path, [callback], gradient_accumulation_steps=2, max_steps=UPDATES // 2)
     trainer.model_accepts_loss_kwargs = False  # or it takes this model to divide its loss by the number of examples
@@ -185,9 +185,9 @@ def test_resumes_from_a_checkpoint(tmp_path, step, seed, restore):
     model = network()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()  # all must come from the checkpoint
+            parameter.zero_()  # all weights must come from the checkpoint
     resumed = trainer_of(tmp_path, [RSTCallback(**{**TICKET, "seed": seed})], model, **options)
-    torch.manual_seed(12)  # a process of its own would draw another seed
+    torch.manual_seed(12)  # another process would draw another seed
     resumed.train(resume_from_checkpoint=True)
     (callback,) = [callback for callback in resumed.callback_handler.callbacks if isinstance(callback, RSTCallback)]
     expected, _ = plain_loop(seed=first_seed)
@@ -200,13 +200,13 @@ def test_resumes_from_a_checkpoint(tmp_path, step, seed, restore):
 
 
 def test_two_in_one_trainer_are_refused(tmp_path):
-    """It saves their states under one name."""
+    """The trainer saves their states under one name."""
     pair = [RSTCallback({"*encoder*": 0.9}), RSTCallback({"classifier": 0.5})]
     with pytest.raises(ValueError, match="keeps the state of one RSTCallback: give one, with a mapping"):
         trainer_of(tmp_path, pair).train()
 
 
-def test_another_model_begins_anew(tmp_path):
+def test_a_callback_used_for_a_second_model(tmp_path):
     callback = RSTCallback(**TICKET)
     trainer_of(tmp_path, [callback]).train()
     trainer = trainer_of(tmp_path, [callback])
@@ -215,7 +215,7 @@ def test_another_model_begins_anew(tmp_path):
     assert_same(trainer.model, plain_loop()[0])
 
 
-def test_joins_a_training_whose_checkpoint_knows_nothing_of_it(tmp_path):
+def test_resumes_a_checkpoint_without_a_callback(tmp_path):
     trainer_of(tmp_path, [], save_strategy="steps", save_steps=5, max_steps=5).train()
     callback = RSTCallback(**TICKET, steps=10)
     trainer = trainer_of(tmp_path, [callback], save_strategy="steps", save_steps=5)
@@ -226,7 +226,7 @@ def test_joins_a_training_whose_checkpoint_knows_nothing_of_it(tmp_path):
 
 
 class Reporter(transformers.TrainerCallback):
-    """In the place of TensorBoard's."""
+    """In place of TensorBoard's."""
 
     def __init__(self):
         self.rows = []
@@ -235,7 +235,7 @@ class Reporter(transformers.TrainerCallback):
         self.rows.append(dict(logs))
 
 
-def test_logs_beside_the_loss(tmp_path, capsys):
+def test_logs_with_the_loss(tmp_path, capsys):
     callback, reporter = RSTCallback(**TICKET), Reporter()
     trainer = trainer_of(tmp_path, [reporter])
     trainer.callback_handler.callbacks.insert(0, callback)
@@ -251,8 +251,8 @@ def test_logs_beside_the_loss(tmp_path, capsys):
     assert "rst/penalty" in capsys.readouterr().out
 
 
-def test_the_best_model_is_masked_wherever_it_comes_from(tmp_path):
-    """Of the dense weights at step 4, which were best, nothing masked is left."""
+def test_the_best_model_is_masked_even_if_it_is_from_the_transformation(tmp_path):
+    """The best weights are dense ones of step 4."""
     callback = RSTCallback(**TICKET)
     trainer = trainer_of(
         tmp_path,
@@ -271,14 +271,14 @@ def test_the_best_model_is_masked_wherever_it_comes_from(tmp_path):
 
 
 RANKS = """
-import sys, torch, warnings
+import gc, sys, torch, warnings
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 from test_callbacks_transformers import TICKET, UPDATES, trainer_of
 from torch_dual_ticket.callbacks.transformers import RSTCallback
 
-callback = RSTCallback(**{**TICKET, "seed": None})  # the ranks have to agree on one
+callback = RSTCallback(**{**TICKET, "seed": None})  # drawn, and agreed on by the ranks
 trainer = trainer_of(sys.argv[1], [callback], max_steps=UPDATES // 2, ddp_backend="gloo")
 trainer.model_accepts_loss_kwargs = False
 assert trainer.args.world_size == 2
@@ -286,14 +286,18 @@ trainer.train()
 assert callback.scheduler.phase == "finetune"
 if trainer.args.process_index == 0:
     torch.save([callback.scheduler.seed, trainer.model.state_dict()], f"{sys.argv[1]}/end.pt")
+torch.distributed.barrier()  # a rank that ends while the other still needs its connection can abort
+del callback, trainer  # they refer to the group
+gc.collect()
+torch.distributed.destroy_process_group()
 """
 
 
 def test_two_ranks_agree_with_one_process(tmp_path):
     """Every second batch goes to each rank: together they are the accumulated batches of one process."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    folders = [str(Path(__file__).parents[level]) for level in range(3)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
         [*launch, tmp_path / "ranks.py", tmp_path], env=environment, check=True, timeout=300, capture_output=True
@@ -305,30 +309,30 @@ def test_two_ranks_agree_with_one_process(tmp_path):
     assert_same(trained, expected)
 
 
-# ---------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------- errors and warnings
 
 
-def test_says_what_is_wrong_with_its_arguments_when_it_is_made():
+def test_bad_arguments_are_refused_at_construction():
     with pytest.raises(TypeError, match="unexpected keyword argument 'sparcity'"):
         RSTCallback(sparcity=0.9)
     with pytest.raises(ValueError, match="and steps=10 both say"):
         RSTCallback(finalize_at=0.5, steps=10)
 
 
-def test_says_that_settings_which_json_cannot_hold_would_be_lost(tmp_path):
+def test_restoring_settings_that_json_cannot_hold_is_refused(tmp_path):
     callback = RSTCallback(**TICKET, schedule=lambda progress: progress)
-    with pytest.raises(ValueError, match="anew without its schedule"):
+    with pytest.raises(ValueError, match="rebuild this RSTCallback without its schedule"):
         trainer_of(tmp_path, [callback], restore_callback_states_from_checkpoint=True)
     trainer_of(tmp_path, [callback], save_strategy="steps", save_steps=4).train()
     assert (tmp_path / "checkpoint-24" / "trainer_state.json").exists()
 
 
-def test_warns_of_a_schedule_that_is_longer_than_the_training(tmp_path):
+def test_a_schedule_longer_than_the_training_warns(tmp_path):
     with pytest.warns(UserWarning, match="takes 48 updates|ended at 50%") as warned:
         trainer_of(tmp_path, [RSTCallback(**TICKET, steps=48)]).train()
-    said = " ".join(str(warning.message) for warning in warned)
-    assert "takes 48 updates, but this training makes 24" in said
-    assert "ended at 50% of the transformation" in said
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "takes 48 updates, but this training makes 24" in messages
+    assert "ended at 50% of the transformation" in messages
 
 
 WITHOUT = """

@@ -1,4 +1,4 @@
-"""Finished tickets in torch's sparse formats: the same outputs, the model untouched, and clear refusals."""
+"""Finished tickets in torch's sparse formats: the same outputs, the model unchanged, and clear errors."""
 
 import copy
 import io
@@ -9,9 +9,9 @@ import torch
 from models import finalize_quietly
 from torch import nn
 
-from torch_dual_ticket import RSTScheduler, deploy
+from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import random_ticket
-from torch_dual_ticket.deploy import CSRLinear, to_csr, to_semi_structured
+from torch_dual_ticket.deploy import CSRLinear, plain_copy, semi_structured, to_csr, to_semi_structured
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch built with MKL")
 
@@ -24,7 +24,7 @@ def mlp(width=512):
 
 
 def finished(model, sparsity=None, *, layout="plain", **settings):
-    """Through the whole life of a ticket, with one update."""
+    """A ticket that is finalized after one update."""
     rst = RSTScheduler(model, sparsity, steps=1, seed=0, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(torch.randn(4, model[0].in_features)).square().mean().backward()
@@ -34,7 +34,7 @@ def finished(model, sparsity=None, *, layout="plain", **settings):
     return rst
 
 
-def assert_untouched(model, before):
+def assert_unchanged(model, before):
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -63,12 +63,12 @@ def test_csr_computes_what_the_masked_model_does(dtype, shape):
 
 
 @needs_mkl
-def test_csr_leaves_the_model_as_it_was_and_held():
+def test_csr_leaves_the_model_unchanged_and_managed():
     model = mlp()
     rst = finished(model, 0.9, exclude=["4"])
     before = copy.deepcopy(model.state_dict())
     fast = to_csr(model)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     assert not fast.training
     assert model.training
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -82,7 +82,7 @@ def test_csr_leaves_the_model_as_it_was_and_held():
 
 
 @needs_mkl
-def test_csr_holds_the_kept_weights_alone_and_can_be_copied_and_saved():
+def test_csr_stores_only_the_kept_weights_and_can_be_copied_and_saved():
     model = mlp()
     rst = finished(model, 0.95, exclude=["4"])
     fast = to_csr(model)
@@ -128,7 +128,7 @@ def test_csr_of_models_in_other_states(layout):
 
 
 @needs_mkl
-def test_csr_where_it_gains_only():
+def test_csr_only_where_it_is_faster():
     model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 256), nn.Linear(256, 1024), nn.Linear(1024, 512))
     random_ticket(model, {"0": 0.95, "1": 0.95, "2": 0.9, "3": 0.89}, seed=0)
     assert [type(layer) for layer in to_csr(model)] == [CSRLinear, nn.Linear, CSRLinear, nn.Linear]
@@ -140,8 +140,8 @@ def test_csr_where_it_gains_only():
 @needs_mkl
 @pytest.mark.parametrize("convert_first", [True, False])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_csr_layers_of_a_transformer_are_kept_off_its_fast_path(convert_first):
-    """In evaluation it would read the weights of these layers, and hand them to one kernel for dense ones."""
+def test_csr_layers_of_a_transformer_avoid_its_fast_path(convert_first):
+    """In evaluation mode it would pass the weights of these layers to a kernel for dense ones."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(512, 4, dim_feedforward=512, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -157,7 +157,7 @@ def test_csr_layers_of_a_transformer_are_kept_off_its_fast_path(convert_first):
 
 
 @needs_mkl
-def test_csr_of_a_layer_that_stands_in_two_places():
+def test_csr_of_a_layer_that_occurs_twice():
     torch.manual_seed(0)
     layer = nn.Linear(512, 512)
     random_ticket(layer, 0.95, seed=0)
@@ -181,7 +181,7 @@ def test_the_weight_of_a_csr_layer_can_be_read():
     [
         (
             lambda: mlp(64),
-            r"Sequential would be faster .* 90% .* 262,144 .* The sparsest, '\d', .* Is finalize\(\) still",
+            r"Sequential would be faster .* 90% .* 262,144 .* The sparsest, '\d', .* Call finalize\(\) first",
         ),
         (lambda: mlp().bfloat16(), r"The sparsest, '0', has 95\.0% of 262,144, torch\.bfloat16 on cpu"),
         (lambda: nn.ReLU(), "It has no Linear layer"),
@@ -189,14 +189,14 @@ def test_the_weight_of_a_csr_layer_can_be_read():
     ],
     ids=["small", "bfloat16", "none", "attention"],
 )
-def test_csr_is_refused_where_nothing_gains(build, message):
+def test_csr_is_refused_where_no_layer_gains(build, message):
     model = build()
     if isinstance(model, nn.Sequential) and model[0].in_features == 512:
         random_ticket(model, 0.95, exclude=["4"], seed=0)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         to_csr(model)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
 def test_csr_without_mkl(monkeypatch):
@@ -207,13 +207,13 @@ def test_csr_without_mkl(monkeypatch):
 
 @pytest.mark.parametrize("function", [to_csr, to_semi_structured])
 def test_sharded_models_are_refused(monkeypatch, function):
-    monkeypatch.setattr(deploy, "is_sharded", lambda parameter: parameter.dim() == 2)
+    monkeypatch.setattr(plain_copy, "is_sharded", lambda parameter: parameter.dim() == 2)
     with pytest.raises(ValueError, match=r"0\.weight is sharded: load the whole state_dict"):
         function(mlp())
 
 
 @pytest.mark.parametrize("function", [to_csr, to_semi_structured])
-def test_what_is_no_module(function):
+def test_other_objects_than_modules_are_refused(function):
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got OrderedDict"):
         function(mlp().state_dict())
 
@@ -222,12 +222,12 @@ def test_what_is_no_module(function):
 
 
 class Compressed(torch.Tensor):
-    """Stands for torch's semi-structured tensor, which only a GPU can make."""
+    """Replaces torch's semi-structured tensor, which needs a GPU."""
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Torch's conversion with the checks it makes, but for the device; returns the weights it was given."""
+    """Torch's conversion with its checks, but on the CPU; returns the weights it was given."""
     given = []
 
     def convert(dense):
@@ -241,7 +241,7 @@ def stand_in(monkeypatch):
         return dense.clone().as_subclass(Compressed)
 
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", convert)
-    monkeypatch.setattr(deploy, "_SEMI_STRUCTURED_ON", "cpu")
+    monkeypatch.setattr(semi_structured, "_DEVICE", "cpu")
     return given
 
 
@@ -251,9 +251,9 @@ def test_two_of_four_layers_are_converted_and_no_others(stand_in):
     model.half()
     before = copy.deepcopy(model.state_dict())
     fast = to_semi_structured(model)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     assert rst.phase == "finetune"
-    assert model[0]._forward_pre_hooks, "the model is still held"
+    assert model[0]._forward_pre_hooks, "the model is still managed"
     assert not fast.training
     assert not any(layer._forward_pre_hooks for layer in fast.modules())
     assert [isinstance(layer.weight.data, Compressed) for layer in fast[::2]] == [True, True, False]
@@ -273,28 +273,28 @@ def test_weights_that_are_not_contiguous_are_converted(stand_in):
     assert len(stand_in) == 1
 
 
-def test_a_layer_that_torch_refuses_is_named_and_can_be_left_out(stand_in):
+def test_a_layer_that_torch_refuses_is_named_and_can_be_excluded(stand_in):
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12), nn.Linear(12, 32))
     random_ticket(model, pattern="2:4", seed=0)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"0\.weight, \(64, 64\) in torch\.float32, .*dtype.* as with model\.half\(\)"):
         to_semi_structured(model)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     model.half()
     with pytest.raises(ValueError, match=r"2\.weight, \(12, 64\) in torch\.float16, .*shape.* exclude=\['2'\]"):
         to_semi_structured(model)
     assert [type(layer.weight) for layer in (model[0], model[2])] == [nn.Parameter] * 2
     fast = to_semi_structured(model, exclude=["2", "3"])
     assert [isinstance(fast[index].weight.data, Compressed) for index in (0, 2, 3)] == [True, False, False]
-    with pytest.raises(ValueError, match=r"the pattern 'head' matches no module\. .* has: '0', '1', '2', '3'"):
+    with pytest.raises(ValueError, match=r"the pattern 'head' matches no module; there are: '0', '1', '2', '3'"):
         to_semi_structured(model, exclude=["head"])
     with pytest.raises(TypeError, match="exclude is a sequence of name patterns"):
         to_semi_structured(model, exclude="2")
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_two_of_four_layers_of_a_transformer_are_kept_off_its_fast_path(stand_in, monkeypatch):
-    """Its kernel for dense weights, taken where no gradient is wanted, is an error for semi-structured ones."""
+def test_two_of_four_layers_of_a_transformer_avoid_its_fast_path(stand_in, monkeypatch):
+    """Its kernel for dense weights, used where no gradient is needed, raises for semi-structured ones."""
     layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=64, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).half()
     held = random_ticket(model, {"layers.1.linear1": 0.5}, pattern="2:4", seed=0)
@@ -316,7 +316,7 @@ def test_two_of_four_layers_of_a_transformer_are_kept_off_its_fast_path(stand_in
     assert False in seen
 
 
-def test_a_name_that_is_left_out_stands_for_all_below_it(stand_in):
+def test_excluding_a_module_excludes_all_below_it(stand_in):
     model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 32)).half()
     random_ticket(model, pattern="2:4", seed=0)
     fast = to_semi_structured(model, exclude=["0"])
@@ -335,7 +335,7 @@ def test_a_name_that_is_left_out_stands_for_all_below_it(stand_in):
         ("unstructured", 0.5, False),
     ],
 )
-def test_what_is_two_of_four(stand_in, pattern, sparsity, fits):
+def test_which_patterns_are_two_of_four(stand_in, pattern, sparsity, fits):
     model = nn.Sequential(nn.Linear(64, 32))
     random_ticket(model, sparsity, pattern=pattern, seed=0)
     model.half()
@@ -367,7 +367,7 @@ def test_two_of_four_on_cuda():
     random_ticket(model, pattern="2:4", exclude=["4"], seed=0)
     before = copy.deepcopy(model.state_dict())
     fast = to_semi_structured(model)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     assert [isinstance(layer.weight, torch.sparse.SparseSemiStructuredTensor) for layer in fast[::2]] == [
         True,
         True,

@@ -1,12 +1,10 @@
-"""Baselines on parameters that FSDP2 has spread over two processes: the same masks and zeros as on whole ones."""
+"""Baselines on parameters that FSDP2 has sharded over two processes: the same masks and zeros as on whole ones."""
 
 import copy
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import batch, mlp
-from ranks import needs_fsdp2
+from ranks import needs_fsdp2, on_two_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -22,9 +20,9 @@ def train(model):
         optimizer.step()
 
 
-def find_ticket_on(rank, meeting_place):
-    dist.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+@needs_fsdp2
+@on_two_ranks
+def test_a_lottery_ticket_of_a_sharded_model_is_that_of_the_whole_one():
     torch.manual_seed(0)
     whole = mlp()
     sharded = copy.deepcopy(whole)
@@ -43,9 +41,3 @@ def find_ticket_on(rank, meeting_place):
         if name in expected:
             assert torch.equal(found[name], expected[name]), name
             assert torch.equal(weight.full_tensor() == 0, ~expected[name]), name
-    dist.destroy_process_group()
-
-
-@needs_fsdp2
-def test_a_lottery_ticket_of_a_sharded_model_is_that_of_the_whole_one(tmp_path):
-    mp.spawn(find_ticket_on, args=(tmp_path / "meeting_place",), nprocs=2)

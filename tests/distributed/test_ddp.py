@@ -86,7 +86,7 @@ def test_a_layer_that_one_rank_uses_and_a_layer_that_none_does(options):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @on_two_ranks
 def test_zero_redundancy_optimizer(kind, bucket_views):
-    """Its step contains the step of a second optimizer, which holds only this rank's parameters."""
+    """Its step contains the step of a second optimizer, which has only this rank's parameters."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     settings = {"lr": 0.02, "weight_decay": 1e-2}

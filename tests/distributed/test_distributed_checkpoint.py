@@ -22,7 +22,7 @@ from halves import (
 )
 from models import assert_same, finalize_quietly, make
 from ranks import needs_fsdp2, on_two_ranks
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -125,13 +125,13 @@ def test_saved_by_one_process_and_finished_by_two_ranks(moment: str, tmp_path: P
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-def test_the_step_that_gives_a_new_optimizer_its_state_carries_no_penalty(kind):
+def test_the_step_that_gives_a_new_optimizer_its_state_applies_no_penalty(kind):
     """Or it would stay in the momentum, and count as an update."""
     model, other = make(uneven_mlp), make(uneven_mlp)
     settings = {"lr": 0.1} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})
     optimizer, other_optimizer = (kind(m.parameters(), **settings) for m in (model, other))
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS, seed=11)
-    by_hand = ByHand(other, rst.masks, steps=STEPS)
+    explicit = ExplicitLoop(other, rst.masks, steps=STEPS)
     before = rst.state_dict()
     for m, o in ((model, optimizer), (other, other_optimizer)):
         _, moments = get_state_dict(m, o)
@@ -144,16 +144,16 @@ def test_the_step_that_gives_a_new_optimizer_its_state_carries_no_penalty(kind):
             o.zero_grad()
             half_loss(m, update, 0).backward()
             if o is other_optimizer:
-                by_hand.before_update()
+                explicit.before_update()
             o.step()
-        by_hand.after_update()
+        explicit.after_update()
         rst.step()
     assert_same(model, other)
 
 
 @needs_fsdp2
 @on_two_ranks
-def test_an_update_that_is_saved_before_its_tick(tmp_path):
+def test_an_update_that_is_saved_before_its_scheduler_step(tmp_path):
     def begin():
         model = sharded()
         return model, sgd(model.parameters()), RSTScheduler(model, sparsity=0.6, steps=STEPS)

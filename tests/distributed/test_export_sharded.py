@@ -97,10 +97,10 @@ def test_each_stage_of_a_pipeline_writes_its_own_ticket(tmp_path):
 
 
 @needs_fsdp2
-@pytest.mark.parametrize("spread", [fsdp2, tensor_parallel], ids=lambda spread: spread.__name__)
+@pytest.mark.parametrize("shard", [fsdp2, tensor_parallel], ids=lambda shard: shard.__name__)
 @on_two_ranks
-def test_sharded_models_write_and_read_the_files_of_whole_ones(spread, tmp_path):
-    model = spread(make(uneven))
+def test_sharded_models_write_and_read_the_files_of_whole_ones(shard, tmp_path):
+    model = shard(make(uneven))
     rst = finalized(model)
     look_at(model)
     save_ticket(rst, tmp_path / ("ticket" if torch.distributed.get_rank() == 0 else "never written"))
@@ -109,14 +109,14 @@ def test_sharded_models_write_and_read_the_files_of_whole_ones(spread, tmp_path)
     expected = gathered(model)
     assert_equal(read_ticket(tmp_path / "ticket"), expected)
 
-    other = spread(make(uneven, seed=1))
+    other = shard(make(uneven, seed=1))
     look_at(other)
     resumed = RSTScheduler(other, 0.5, steps=1)
     resumed.load_state_dict(load_ticket(tmp_path / "ticket", other))
     assert_equal(gathered(other), expected)
 
     whole = make(uneven, seed=2)
-    if spread is fsdp2:
+    if shard is fsdp2:
         scheduler_state = load_ticket(tmp_path / "ticket", whole)
         assert_equal(whole.state_dict(), expected)
         again = RSTScheduler(whole, 0.5, steps=1)

@@ -19,6 +19,7 @@ from halves import (
     half_loss,
     live_alike,
     sgd,
+    shard,
     uneven_mlp,
     whole_state,
 )
@@ -28,21 +29,10 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine.dtensor import is_offloaded, sum_over_shards
+from torch_dual_ticket._engine.dtensor import sum_over_shards
 from torch_dual_ticket.masks.seeded import SeededMask
 
 pytestmark = needs_fsdp2
-
-
-def shard(model: nn.Module, nesting: str = "nested", **options: object) -> nn.Module:
-    """Every layer by itself, or the root with all in it."""
-    from torch.distributed.fsdp import fully_shard
-
-    if nesting == "nested":
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, **options)
-    return fully_shard(model, **options)
 
 
 class Around(nn.Module):
@@ -311,41 +301,16 @@ def test_weights_that_somebody_overwrites_are_masked_in_the_next_forward(through
     assert_zero(model, rst.masks)
 
 
-@on_two_ranks
-def test_offloaded_gradients_are_masked_before_the_step():
-    """Not in the hook of the gradient, which may still be on its way to the CPU: clipping sees all of the gradient."""
-    from torch_dual_ticket._engine import watches
-
-    model = shard(make(uneven_mlp))
-    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
-    optimizer = sgd(model.parameters())
-    half_loss(model, 0, dist.get_rank()).backward()
-    optimizer.step()
-    with mock.patch.object(watches, "is_offloaded", return_value=True):
-        finalize_quietly(rst)
-        optimizer.zero_grad()
-        half_loss(model, 1, dist.get_rank()).backward()
-        kept = rst.masks["0.weight"]
-        assert bool((model[0].weight.grad.full_tensor()[~kept] != 0).any())
-        optimizer.step()
-        grad = model[0].weight.grad.full_tensor()
-        assert bool((grad[~kept] == 0).all())
-        assert bool((grad[kept] != 0).any())
-    assert_zero(model, rst.masks)
-
-
-def spread(device: str, mesh: mock.Mock) -> SimpleNamespace:
-    """What tells how a parameter is spread, without the devices for it."""
+def sharded(device: str, mesh: mock.Mock) -> SimpleNamespace:
+    """What tells how a parameter is sharded, without the devices for it."""
     return SimpleNamespace(placements=(Shard(0),), device=torch.device(device), device_mesh=mesh)
 
 
 def test_shards_that_are_offloaded_are_summed_up_where_the_mesh_computes():
-    gpus, cpus = mock.Mock(device_type="cuda"), mock.Mock(device_type="cpu")
-    assert [is_offloaded(spread("cpu", gpus)), is_offloaded(spread("cuda", gpus))] == [True, False]
-    assert [is_offloaded(spread("cpu", cpus)), is_offloaded(torch.ones(1))] == [False, False]
+    gpus = mock.Mock(device_type="cuda")
     value = mock.Mock()
     with mock.patch("torch.distributed.all_reduce") as reduce:
-        sum_over_shards(value, spread("cpu", gpus))
+        sum_over_shards(value, sharded("cpu", gpus))
     assert value.to.call_args == mock.call("cuda")
     reduce.assert_called_once_with(value.to("cuda"), group=gpus.get_group(0))
 
@@ -386,8 +351,8 @@ def test_apply_masks_to_a_sharded_copy():
 
 
 @on_two_ranks
-def test_penalty_by_hand():
-    """For an update that is no optimizer's, on each rank's shards; also when the root's parameters are whole."""
+def test_apply_penalty():
+    """For an update without an optimizer, on each rank's shards; also when the root's parameters are whole."""
     model = shard(make(uneven_mlp), "root")
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
     reference = InOneProcess(make(uneven_mlp), rst.masks, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
@@ -399,10 +364,10 @@ def test_penalty_by_hand():
             for parameter in shards:
                 parameter.to_local().add_(parameter.grad.to_local(), alpha=-0.1)
 
-    by_hand = mock.Mock(param_groups=[{"params": shards}])
-    by_hand.zero_grad.side_effect = lambda **_: [setattr(parameter, "grad", None) for parameter in shards]
-    by_hand.step.side_effect = update
-    live_alike(model, rst, reference, by_hand, disturb=lambda: evaluate(model))
+    manual = mock.Mock(param_groups=[{"params": shards}])
+    manual.zero_grad.side_effect = lambda **_: [setattr(parameter, "grad", None) for parameter in shards]
+    manual.step.side_effect = update
+    live_alike(model, rst, reference, manual, disturb=lambda: evaluate(model))
 
 
 @on_two_ranks
@@ -431,7 +396,7 @@ def test_lbfgs_compares_losses_with_the_penalty_of_all_shards():
 
 
 @on_two_ranks
-def test_shards_that_are_changed_by_hand_without_a_trace():
+def test_shards_that_are_changed_without_a_trace():
     """Through ``.data``, where ``apply_penalty()`` has told of updates that no optimizer makes."""
     model = shard(make(uneven_mlp))
     rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)

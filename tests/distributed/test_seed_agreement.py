@@ -2,6 +2,8 @@
 
 import random
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from torch import distributed as dist
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket._model.targets import find_targets
+from torch_dual_ticket._rst.ranks import agree_on_seed
 from torch_dual_ticket.baselines import random_ticket
+from torch_dual_ticket.masks import make_plan
 
 
 def refused(build, *named: str) -> None:
@@ -98,6 +103,38 @@ def test_ranks_may_hold_different_layers():
     # One name, but two shapes:
     rst = RSTScheduler(nn.Sequential(nn.Linear(6, 4 + dist.get_rank())), sparsity=(0.5, 0.7)[dist.get_rank()])
     assert everywhere(rst.seed)[0] == everywhere(rst.seed)[1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [(["cuda:1", "cuda:0"], "cuda:1"), (["cpu"], "cuda:0"), (["meta"], "cuda:0"), ([], "cuda:0"), (["mps"], "cuda:0")],
+)
+def test_the_seed_is_gathered_on_the_models_device(monkeypatch, devices, expected):
+    """Stand-ins for two GPUs, of which the first is the current one, and for NCCL, which uses the current one."""
+    current, used = ["cuda:0"], []
+
+    @contextmanager
+    def device(chosen):
+        current.append(str(chosen))
+        yield
+        current.pop()
+
+    def all_gather_object(everyone, mine):
+        used.append(current[-1])
+        everyone[:] = [mine] * len(everyone)
+
+    modules = {"cuda": SimpleNamespace(device=device), "mps": SimpleNamespace()}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: modules[device.type])
+    monkeypatch.setattr("torch_dual_ticket._rst.ranks.world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    model = nn.Linear(8, 8)
+    plan = make_plan(find_targets(model, [nn.Linear], []), 0.5)
+    monkeypatch.setattr(
+        model, "parameters", lambda: iter([SimpleNamespace(device=torch.device(name)) for name in devices])
+    )
+    assert agree_on_seed(5, plan, model) == 5
+    assert used == [expected]
+    assert current == ["cuda:0"]
 
 
 def test_a_torch_that_was_built_without_processes(monkeypatch):

@@ -118,7 +118,7 @@ def test_report_and_residual_are_those_of_one_process():
 
 
 def replicated_loss(model: nn.Module, index: int, half: int) -> torch.Tensor:
-    """The mean over a batch that is spread over the ranks, or over one half of it in one process."""
+    """The mean over a batch that is sharded over the ranks, or over one half of it in one process."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     x, y = batch(index, (12,))
@@ -150,7 +150,7 @@ def data_parallel_loss(model: nn.Module, index: int, half: int) -> torch.Tensor:
 
 
 @on_two_ranks
-def test_a_gradient_that_is_spread_otherwise_than_its_weight():
+def test_a_gradient_that_is_sharded_otherwise_than_its_weight():
     from torch.distributed.tensor import Shard
 
     model = parallelize(make(mlp), mesh(2))
@@ -171,7 +171,7 @@ def test_a_gradient_that_is_spread_otherwise_than_its_weight():
 @needs_fsdp2
 @on_four_ranks
 def test_under_fsdp2():
-    """The parameter of a forward is a DTensor of its own then, and not the one whose masked weights are held."""
+    """The parameter of a forward is another DTensor then, and not the one whose masked weights are held."""
     from torch.distributed.fsdp import fully_shard
 
     devices = mesh(2, 2, names=("data", "tensor"))

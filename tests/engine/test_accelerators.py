@@ -4,15 +4,14 @@ import copy
 
 import pytest
 import torch
-from device_tape import NoReading, Tape
-from models import assert_same, finalize_quietly
+from device_tape import Tape
+from models import assert_same
 from plain_loop import assert_holds_zeros, loss_of, normal, sgd
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine import graphed, kernels
+from torch_dual_ticket._engine import graph_capture
 
 STEPS = 6
 
@@ -28,74 +27,6 @@ def update(model, optimizer, x):
     optimizer.step()
 
 
-def test_updates_read_nothing_on_the_host():
-    """A number that is read on the host waits for the GPU. Masks are drawn in the first update, and do wait once."""
-    model = network()
-    optimizer = sgd(model)
-    rst = RSTScheduler(model, 0.5, steps=STEPS, hold=9, seed=0)
-    x = normal(3, 6)(0)[0]
-    update(model, optimizer, x)
-    rst.step()
-
-    def two_updates():
-        for _ in range(2):
-            update(model, optimizer, x)
-            rst.step()
-
-    with NoReading():
-        two_updates()
-    finalize_quietly(rst)
-    with NoReading():
-        two_updates()
-    with pytest.raises(AssertionError, match="waits"), NoReading():
-        rst.residual()
-
-
-# --------------------------------------------------------------- kernels
-
-
-@pytest.fixture
-def as_on_an_accelerator(monkeypatch):
-    """The kernels take the path without chunks and buffers; a CPU makes the conversions that it relies on, too."""
-    monkeypatch.setattr(kernels, "_on_cpu", lambda tensor: False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
-@pytest.mark.parametrize("factor", [0.5, torch.tensor(0.5, dtype=torch.float64)], ids=["float", "tensor"])
-def test_kernels_of_accelerators(as_on_an_accelerator, dtype, factor):
-    weight, grad = torch.randn(7, 900).to(dtype), torch.randn(7, 900).to(dtype)
-    mask = (torch.rand(7, 900) < 0.5).to(torch.uint8)
-    expected = torch.where(mask.bool(), grad + 0.5 * weight, grad)
-    memory = grad.data_ptr()
-    kernels.add_scaled_([grad], [weight], [mask], factor)
-    assert (grad.dtype, grad.data_ptr()) == (dtype, memory)
-    torch.testing.assert_close(grad, expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=0)
-    assert torch.equal(grad[mask == 0], expected[mask == 0])
-
-    weight[0, 0] = float("nan")
-    kept = mask.clone()
-    kept[0, 0] = 0
-    expected = torch.where(kept.bool(), weight, torch.zeros((), dtype=dtype))
-    kernels.clear_(weight, kept)
-    assert torch.equal(weight, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
-def test_kernels_stay_on_the_device(dtype):
-    """On a GPU that has shapes and no values, an operand from elsewhere or a number read on the host is an error."""
-    with FakeTensorMode():
-        weight, grad = (torch.empty(3, 1 << 20, dtype=dtype, device="cuda") for _ in range(2))
-        mask = torch.empty(weight.shape, dtype=torch.uint8, device="cuda")
-        factor = torch.empty((), dtype=torch.float64, device="cuda")
-        kernels.add_scaled_([grad], [weight], [mask], 0.5)
-        kernels.add_scaled_([grad], [weight], [mask], factor)
-        kernels.add_scaled_(*([tensor.to("cuda:1")] for tensor in (grad, weight, mask)), factor)  # as torch's own scale
-        kernels.clear_(weight, mask)
-        assert [norm.device.type for norm in kernels.squared_norms(weight, mask.bool())] == ["cuda", "cuda"]
-        with pytest.raises(RuntimeError, match=r"(?i)device"):
-            kernels.add_scaled_([grad], [weight], [mask.cpu()], 0.5)
-
-
 # ----------------------------------------------------- captured updates
 
 
@@ -103,8 +34,9 @@ def test_kernels_stay_on_the_device(dtype):
 def capturing(monkeypatch):
     """Sets whether a CUDA graph is captured at this moment, on a device that has no graphs."""
     state = {"now": False}
-    monkeypatch.setattr(graphed, "may_be_captured", lambda device: True)
-    monkeypatch.setattr(graphed, "is_capturing", lambda: state["now"])
+    monkeypatch.setattr(graph_capture, "may_be_captured", lambda device: True)
+    monkeypatch.setattr(graph_capture, "is_in_use", lambda: True)
+    monkeypatch.setattr(graph_capture, "is_capturing", lambda: state["now"])
 
     def capture(is_on):
         state["now"] = is_on
@@ -113,36 +45,36 @@ def capturing(monkeypatch):
 
 
 def test_an_update_that_is_captured_and_replayed(capturing):
-    """λ grows between replays, and each of them is a tick."""
+    """λ grows between replays, and each of them is a scheduler step."""
     model = network()
     other = copy.deepcopy(model)
     inputs = [normal(3, 6)(index)[0] for index in range(12)]
     rst = RSTScheduler(model, 0.5, steps=len(inputs), seed=0)
-    by_hand, optimizer = ByHand(other, rst.masks, steps=len(inputs)), sgd(other)
+    explicit, optimizer = ExplicitLoop(other, rst.masks, steps=len(inputs)), sgd(other)
     for x in inputs:
         optimizer.zero_grad()
         loss_of(other(x)).backward()
-        by_hand.before_update()
+        explicit.before_update()
         optimizer.step()
-        by_hand.after_update()
+        explicit.after_update()
 
-    optimizer, place = sgd(model), torch.empty_like(inputs[0])
+    optimizer, captured = sgd(model), torch.empty_like(inputs[0])
     for x in inputs[:3]:
-        update(model, optimizer, place.copy_(x))
+        update(model, optimizer, captured.copy_(x))
         rst.step()
     tape = Tape()
     optimizer.zero_grad()
-    place.copy_(inputs[3])
+    captured.copy_(inputs[3])
     capturing(True)
     with tape:
-        loss_of(model(place)).backward()
+        loss_of(model(captured)).backward()
         optimizer.step()
     capturing(False)
     rst.step()
     for parameter in model.parameters():
         parameter.grad = None  # a graph keeps its own memory
     for x in inputs[4:]:
-        place.copy_(x)
+        captured.copy_(x)
         tape.replay()
         rst.step()
     assert rst.progress == 1

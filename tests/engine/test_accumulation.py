@@ -12,7 +12,7 @@ PARTS = 4
 @pytest.mark.parametrize("placement", ["each-update", "each-backward"])
 @pytest.mark.parametrize("build", [mlp, transformer], ids=lambda build: build.__name__)
 def test_accumulation(build, placement):
-    """A tick without an update does not count, so that ``rst.step()`` may stand in the inner loop."""
+    """A scheduler step without an update does not count, so that ``rst.step()`` may stand in the inner loop."""
 
     def train(model, side):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -20,8 +20,8 @@ def test_accumulation(build, placement):
             optimizer.zero_grad()
             for part in range(PARTS):
                 (loss_of(model, PARTS * index + part, INPUT_SHAPES[build]) / PARTS).backward()
-                if not side.by_hand and placement == "each-backward" and part < PARTS - 1:
-                    side.tick()
+                if not side.is_explicit and placement == "each-backward" and part < PARTS - 1:
+                    side.scheduler_step()
             side.before_update()
             optimizer.step()
             side.after_update()
@@ -47,7 +47,7 @@ def test_gradients_that_are_zeroed_in_place(kind):
 
 
 def test_gradients_that_are_never_zeroed():
-    """What an update got as its penalty is then a part of the next one's gradient, as it is by hand."""
+    """What an update got as its penalty is then a part of the next one's gradient, as in the explicit loop."""
 
     def train(model, side):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
@@ -80,7 +80,7 @@ def test_gradients_that_are_written_past_autograd():
 
 
 def test_two_optimizers_that_update_from_one_gradient():
-    """A gradient gets its penalty once: the second update of the tick finds it there."""
+    """A gradient gets its penalty once: the second update of the scheduler step finds it there."""
 
     def train(model, side):
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.02), torch.optim.Adam(model.parameters(), lr=1e-3)]
@@ -91,7 +91,7 @@ def test_two_optimizers_that_update_from_one_gradient():
             for optimizer in optimizers:
                 optimizer.step()
                 side.updated()
-            side.tick()
+            side.scheduler_step()
 
     assert_same_life(train)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, cnn, finalize_quietly, loss_of, mlp, transformer, twins
-from reference import ByHand
+from reference import ExplicitLoop
 
 from torch_dual_ticket import RSTScheduler
 
@@ -20,20 +20,20 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("build", [mlp, cnn, transformer], ids=lambda build: build.__name__)
-def test_agrees_with_the_loop_by_hand(build, optimizer_name, implementation):
+def test_agrees_with_the_explicit_loop(build, optimizer_name, implementation):
     kind, settings = OPTIMIZERS[optimizer_name]
     settings = settings | IMPLEMENTATIONS[implementation]
     model, other = twins(build)
     shape = INPUT_SHAPES[build]
     rst = RSTScheduler(model, sparsity=0.8, steps=150, seed=3)
-    by_hand = ByHand(other, rst.masks, steps=150)
+    explicit = ExplicitLoop(other, rst.masks, steps=150)
     optimizer, other_optimizer = kind(model.parameters(), **settings), kind(other.parameters(), **settings)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for index in range(400):
         if index == 200:
             assert_same(model, other)
             finalize_quietly(rst)
-            by_hand.finalize()
+            explicit.finalize()
         optimizer.zero_grad()
         loss_of(model, index, shape).backward()
         optimizer.step()
@@ -41,9 +41,9 @@ def test_agrees_with_the_loop_by_hand(build, optimizer_name, implementation):
 
         other_optimizer.zero_grad()
         loss_of(other, index, shape).backward()
-        by_hand.before_update()
+        explicit.before_update()
         other_optimizer.step()
-        by_hand.after_update()
+        explicit.after_update()
     assert_same(model, other)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     for name, kept in rst.masks.items():

@@ -1,6 +1,6 @@
 """Mixed precision: autocast and GradScaler, in float32 and bit for bit.
 
-λ and the scale are powers of two here, so that nothing is rounded in another order than by hand.
+λ and the scale are powers of two here, so that nothing is rounded in another order than in the explicit loop.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def test_an_autocast_region_that_spans_finalize(dtype):
                 if index == 15:
                     loss_at(model, index)
                     side.finalize()
-                    if side.by_hand:
+                    if side.is_explicit:
                         torch.clear_autocast_cache()
                 loss = loss_at(model, index)
             loss.backward()
@@ -92,7 +92,7 @@ def test_grad_scaler(name, handling, build):
             scaler.scale(loss_at(model, index, build)).backward()
             if index in INFINITE:
                 model[2].bias.grad[1] = float("inf")
-            if side.by_hand or handling != "plain":
+            if side.is_explicit or handling != "plain":
                 scaler.unscale_(optimizer)
             if handling != "plain":
                 side.after_backward()
@@ -100,7 +100,7 @@ def test_grad_scaler(name, handling, build):
             side.before_update()
             happened = update_with(scaler, [optimizer])
             skipped += not happened
-            if happened or not side.by_hand:
+            if happened or not side.is_explicit:
                 side.after_update()
         assert skipped == len(INFINITE)
 
@@ -109,7 +109,7 @@ def test_grad_scaler(name, handling, build):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_scaler_of_two_optimizers(fused):
-    """One of them is skipped now and then: the other one's update is carried, and counts."""
+    """One of them is skipped now and then: the other one's update is made, and counts."""
 
     def train(model, side):
         optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2, fused=fused) for part in (model[0], model[2:])]
@@ -119,7 +119,7 @@ def test_a_scaler_of_two_optimizers(fused):
             scaler.scale(loss_at(model, index)).backward()
             if index in INFINITE:
                 model[0].bias.grad[1] = float("inf")
-            if side.by_hand:
+            if side.is_explicit:
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
             side.before_update()
@@ -130,8 +130,8 @@ def test_a_scaler_of_two_optimizers(fused):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_scaled_accumulation_with_a_tick_for_several_updates(fused):
-    """A tick counts if any update since the last one took place."""
+def test_scaled_accumulation_with_a_scheduler_step_for_several_updates(fused):
+    """A scheduler step counts if any update since the last one took place."""
 
     def train(model, side):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
@@ -143,14 +143,14 @@ def test_scaled_accumulation_with_a_tick_for_several_updates(fused):
                 scaler.scale(loss_at(model, 3 * index + part) / 4).backward()
             if index in INFINITE or index in (8, 9):
                 model[2].bias.grad[1] = float("inf")
-            if side.by_hand:
+            if side.is_explicit:
                 scaler.unscale_(optimizer)
             side.before_update()
             happened |= update_with(scaler, [optimizer])
             side.updated()
             if index % 2:
-                if happened or not side.by_hand:
-                    side.tick()
+                if happened or not side.is_explicit:
+                    side.scheduler_step()
                 happened = False
 
     rst = assert_same_life(train, **{**EXACT, "steps": 20})
@@ -187,7 +187,7 @@ def test_nothing_counts_while_everything_is_skipped(fused):
         scaler.update()
         rst.step()
     assert rst.progress == 0.0
-    with pytest.raises(RuntimeError, match="no update ever carried the penalty"):
+    with pytest.raises(RuntimeError, match="no update ever applied the penalty"):
         finalize_quietly(rst)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -205,13 +205,13 @@ def scaled_update(times=1.0):
     return optimizer, rst, state
 
 
-def test_finalize_after_one_update_without_a_tick():
+def test_finalize_after_one_update_without_a_scheduler_step():
     _, rst, _ = scaled_update()
     finalize_quietly(rst)
     assert rst.phase == "finetune"
 
 
-def test_going_back_after_an_update_without_a_tick():
+def test_going_back_after_an_update_without_a_scheduler_step():
     _, rst, state = scaled_update()
     rst.load_state_dict(state)
     rst.step()

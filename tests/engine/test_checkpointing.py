@@ -57,14 +57,14 @@ def test_a_wrapper_in_the_model(kind, when):
     wrapped = []
 
     def wrap(model):
-        if not wrapped:  # and leave the model for the loop by hand as it is
+        if not wrapped:  # and leave the model for the explicit loop as it is
             wrapped.append(model)
             model[2] = checkpoint_wrapper(model[2], checkpoint_impl=implementation)
 
     def train(model, side, *prepared):
         wrap(model)
         train_with(lambda model, x: model(x), mlp)(model, side)
-        if not side.by_hand:
+        if not side.is_explicit:
             assert isinstance(model[2], CheckpointWrapper)
             model[2] = model[2]._checkpoint_wrapped_module
 

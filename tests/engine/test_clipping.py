@@ -50,12 +50,12 @@ def test_clipping_in_a_hook_of_the_optimizer(when, compiled):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for index in updates(side):
-            if index == (0 if when == "from the start" else 3) and not side.by_hand:
+            if index == (0 if when == "from the start" else 3) and not side.is_explicit:
                 optimizer.register_step_pre_hook(clip)
             optimizer.zero_grad()
             loss_of(model, index, INPUT_SHAPES[mlp]).backward()
             side.after_backward()
-            if side.by_hand and (index >= 3 or when == "from the start"):
+            if side.is_explicit and (index >= 3 or when == "from the start"):
                 clip()
             side.before_update()
             step()
@@ -190,7 +190,7 @@ def test_the_norm_that_is_reported():
             optimizer.zero_grad()
             loss_of(model, index, INPUT_SHAPES[mlp]).backward()
             side.after_backward()
-            norms[side.by_hand].append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+            norms[side.is_explicit].append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
             side.before_update()
             optimizer.step()
             side.after_update()

@@ -15,7 +15,7 @@ SHAPE = INPUT_SHAPES[mlp]
 
 
 def closure_of(model, side, optimizer, index):
-    """What people write, with the moments of the loop by hand in it."""
+    """What people write, with the calls of the explicit loop in it."""
 
     def closure():
         optimizer.zero_grad()
@@ -76,7 +76,7 @@ def test_one_closure_for_the_whole_training():
         coming = [next(indices)]
 
         def closure():
-            depths[side.by_hand].add(len(inspect.stack()))
+            depths[side.is_explicit].add(len(inspect.stack()))
             return closure_of(model, side, optimizer, coming[0])()
 
         while coming:
@@ -145,11 +145,11 @@ class Replacing(Halving):
         parameter.grad = parameter.grad.sign() * 0.01 + parameter.grad
 
 
-@pytest.mark.parametrize("ticks", ["each", "every-third"])
+@pytest.mark.parametrize("scheduler_steps", ["each", "every-third"])
 @pytest.mark.parametrize("kind", [Halving, Replacing], ids=lambda kind: kind.__name__)
-def test_a_subclass_that_hands_a_closure_of_its_own_down(kind, ticks):
+def test_a_subclass_that_hands_down_its_own_closure(kind, scheduler_steps):
     """One update and one penalty, though the hooks fire at each level and see gradients that are not the same."""
-    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire hooks of their own
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire their own hooks
     Halving([torch.zeros(1)])
 
     def train(model, side):
@@ -157,14 +157,14 @@ def test_a_subclass_that_hands_a_closure_of_its_own_down(kind, ticks):
         for index in updates(side):
             optimizer.step(closure_of(model, side, optimizer, index))
             side.updated()
-            if ticks == "each" or index % 3 == 2:
-                side.tick()
+            if scheduler_steps == "each" or index % 3 == 2:
+                side.scheduler_step()
 
     assert_same_life(train)
 
 
 def test_one_of_two_optimizers_takes_a_closure():
-    """What the other has carried since the last tick still counts after it: nothing warns that it did not."""
+    """What the other has applied since the last scheduler step still counts after it: nothing warns that it did not."""
 
     def train(model, side):
         optimizers = [torch.optim.SGD(part.parameters(), lr=0.05) for part in (model[:2], model[2:])]
@@ -202,7 +202,7 @@ class ComputingAlone(torch.optim.SGD):
 
 @pytest.mark.parametrize("kind", [Recomputing, ComputingAlone], ids=lambda kind: kind.__name__)
 def test_a_subclass_that_makes_the_gradients_itself(kind):
-    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire hooks of their own
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire their own hooks
 
     def train(model, side):
         optimizer = kind(model.parameters(), lr=0.05)
@@ -265,7 +265,7 @@ def test_lbfgs(line_search, kind, build):
 
     Where a layer's own forward never runs, what the line search has moved is zero again before the closure.
     """
-    torch.optim.LBFGS([torch.zeros(1)])  # from here on, the step that a subclass inherits fires hooks of its own
+    torch.optim.LBFGS([torch.zeros(1)])  # from here on, the step that a subclass inherits fires its own hooks
     evaluations = {True: 0, False: 0}
 
     def train(model, side):
@@ -275,9 +275,9 @@ def test_lbfgs(line_search, kind, build):
         for index in updates(side, count=12, middle=6):
 
             def closure(index=index):
-                evaluations[side.by_hand] += 1
+                evaluations[side.is_explicit] += 1
                 optimizer.zero_grad()
-                if side.by_hand and side.finalized:
+                if side.is_explicit and side.finalized:
                     side.updated()  # the line search has moved masked weights
                 loss = loss_of(model, index, SHAPE)
                 loss.backward()

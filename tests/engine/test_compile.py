@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from models import SmallTransformer, assert_same, batch, finalize_quietly, loss_of, make, twins
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -24,7 +24,7 @@ FINALIZE_AT, END = 5, 10
 
 
 class SmallNetwork(nn.Module):
-    """Sequential is not compiled in place by torch itself; a module of one's own is."""
+    """Sequential is not compiled in place by torch itself; a custom module is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Lives:
-    """A compiled model with a scheduler, beside a plain one by hand."""
+    """A compiled model with a scheduler, beside a plain one in the explicit loop."""
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
         self.shape = SHAPES[build]
@@ -78,14 +78,14 @@ class Lives:
 
     def schedule(self, model: nn.Module) -> None:
         self.rst = RSTScheduler(model, sparsity=0.8, steps=4, seed=3)
-        self.hand = ByHand(self.other, self.rst.masks, steps=4)
+        self.explicit = ExplicitLoop(self.other, self.rst.masks, steps=4)
         self.optimizer, self.other_optimizer = sgd(self.model), sgd(self.other)
 
     def go_on(self, compiled: nn.Module, until: int) -> None:
         while self.update < until:
             if self.update == FINALIZE_AT:
                 finalize_quietly(self.rst)
-                self.hand.finalize()
+                self.explicit.finalize()
             self.optimizer.zero_grad()
             loss_of(compiled, self.update, self.shape).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.05)
@@ -94,13 +94,13 @@ class Lives:
 
             self.other_optimizer.zero_grad()
             loss_of(self.other, self.update, self.shape).backward()
-            if self.hand.finalized:
-                self.hand.before_update()
+            if self.explicit.finalized:
+                self.explicit.before_update()
             nn.utils.clip_grad_norm_(self.other.parameters(), 0.05)
-            if not self.hand.finalized:
-                self.hand.before_update()
+            if not self.explicit.finalized:
+                self.explicit.before_update()
             self.other_optimizer.step()
-            self.hand.after_update()
+            self.explicit.after_update()
             self.update += 1
 
     def assert_same(self) -> None:
@@ -126,7 +126,7 @@ WHEN = [
     ],
     ids=lambda value: {True: "model.compile", False: "torch.compile"}.get(value) or getattr(value, "__name__", value),
 )
-def test_a_compiled_model_lives_as_by_hand(build, when, in_place, backend):
+def test_a_compiled_model_agrees_with_the_explicit_loop(build, when, in_place, backend):
     """Whole graphs, one compilation and at most one more, when finalize() changes what the hooks are."""
     lives = Lives(build)
     compiled = lives.model
@@ -183,7 +183,7 @@ def test_code_compiled_before_finalize_computes_with_the_zeros(backend):
     x, _ = batch(9, lives.shape)
     compiled(x)
     finalize_quietly(lives.rst)
-    lives.hand.finalize()
+    lives.explicit.finalize()
     assert torch.allclose(compiled(x), lives.other(x), rtol=1e-12)
 
 
@@ -227,7 +227,7 @@ def test_a_copy_of_a_finalized_model_is_compiled(backend):
 
 
 def test_a_copy_made_during_the_transformation_is_compiled(backend):
-    """What stands in the place of a hook there is no part of a graph, and breaks none."""
+    """What replaces a hook there is not a part of a graph, and breaks none."""
     lives = Lives(SmallNetwork)
     lives.schedule(lives.model)
     lives.go_on(lives.model, 2)
@@ -245,7 +245,7 @@ def test_a_copy_made_during_the_transformation_is_compiled(backend):
 
 
 def test_what_no_optimizer_changed_is_zeroed_at_the_next_update_of_a_compiled_model(backend):
-    """The safety net of the eager forward is no part of a graph: compiled code sees such weights until then."""
+    """The safety net of the eager forward is not a part of a graph: compiled code sees such weights until then."""
     lives = Lives(SmallNetwork)
     compiled = torch.compile(lives.model, backend=backend, fullgraph=True)
     lives.schedule(lives.model)
@@ -262,6 +262,26 @@ def test_what_no_optimizer_changed_is_zeroed_at_the_next_update_of_a_compiled_mo
     lives.rst.apply_masks(lives.model)  # for those who cannot wait
     for name, kept in lives.rst.masks.items():
         assert torch.equal(lives.model.get_parameter(name) != 0, kept)
+
+
+def test_parameters_assigned_to_a_compiled_model_are_found_at_the_next_update(backend):
+    """No hook runs in the forward of compiled code: of that one update, clipping sees the whole gradient."""
+    lives = Lives(SmallNetwork)
+    compiled = torch.compile(lives.model, backend=backend, fullgraph=True)
+    lives.schedule(lives.model)
+    lives.go_on(compiled, 7)
+    state = {name: value.clone() for name, value in lives.model.state_dict().items()}
+    lives.model.load_state_dict(state, assign=True)
+    optimizer = torch.optim.SGD(lives.model.parameters(), lr=0.05)
+    for gradients_are_masked in (False, True):
+        optimizer.zero_grad()
+        compiled(batch(0, lives.shape)[0]).square().mean().backward()
+        for name, kept in lives.rst.masks.items():
+            grad = lives.model.get_parameter(name).grad
+            assert bool((grad[~kept] == 0).all()) is gradients_are_masked, name
+        optimizer.step()
+        for name, kept in lives.rst.masks.items():
+            assert torch.equal(lives.model.get_parameter(name) != 0, kept)
 
 
 @pytest.mark.skipif(

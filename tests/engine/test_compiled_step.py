@@ -47,7 +47,7 @@ def train_with(kind, settings, compiled):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_compiled_step(name):
-    torch.optim.SGD([torch.zeros(1)])  # from here on, the step that the subclass inherits fires hooks of its own
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the step that the subclass inherits fires its own hooks
     assert_same_life(train_with(*OPTIMIZERS[name], lambda optimizer: torch.compile(optimizer.step, backend="eager")))
 
 
@@ -74,7 +74,7 @@ def test_a_step_within_a_compiled_function():
 
 
 def test_a_compiled_training_step():
-    """Forward, backward and update in one compiled function; by hand, the same but for the compiler."""
+    """Forward, backward and update in one compiled function; in the explicit loop, the same but for the compiler."""
 
     def train(model, side):
         torch.compiler.reset()
@@ -83,11 +83,11 @@ def test_a_compiled_training_step():
         def step(x, y):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
-            if side.by_hand:
+            if side.is_explicit:
                 side.before_update()
             optimizer.step()
 
-        step = step if side.by_hand else torch.compile(step, backend="eager")
+        step = step if side.is_explicit else torch.compile(step, backend="eager")
         for index in updates(side):
             step(*batch(index, INPUT_SHAPES[mlp]))
             side.after_update()

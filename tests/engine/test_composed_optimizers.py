@@ -4,6 +4,7 @@ import pytest
 import torch
 from lives import assert_same_life, updates
 from models import INPUT_SHAPES, loss_of, mlp
+from plain_loop import UninitializedWrapper
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -46,9 +47,9 @@ class SAM(torch.optim.Optimizer):
         self.descend()
 
 
-@pytest.mark.parametrize("ticks", ["each", "every-third"])
+@pytest.mark.parametrize("scheduler_steps", ["each", "every-third"])
 @pytest.mark.parametrize("call", ["two-calls", "closure"])
-def test_sam(call, ticks):
+def test_sam(call, scheduler_steps):
     """The penalty is that of the weights that are updated, not of their neighbor; once, on the final gradient."""
 
     def train(model, side):
@@ -68,8 +69,8 @@ def test_sam(call, ticks):
                 closure()
                 optimizer.descend()
             side.updated()
-            if ticks == "each" or index % 3 == 2:
-                side.tick()
+            if scheduler_steps == "each" or index % 3 == 2:
+                side.scheduler_step()
 
     assert_same_life(train)
 
@@ -106,7 +107,7 @@ class LookaheadOptimizer(Lookahead, torch.optim.Optimizer):
 
 @pytest.mark.parametrize("kind", [Lookahead, LookaheadOptimizer], ids=lambda kind: kind.__name__)
 def test_lookahead(kind):
-    """The slow weights bring back what was zeroed; where the wrapper is no optimizer, until the next forward."""
+    """The slow weights bring back what was zeroed; where the wrapper is not an optimizer, until the next forward."""
 
     def train(model, side):
         optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.05))
@@ -148,32 +149,15 @@ def test_one_optimizer_for_each_parameter_stepping_in_the_backward_pass():
 
 
 def wrapped(model):
-    return Wrapper(torch.optim.SGD(model.parameters(), lr=0.05))
+    return UninitializedWrapper(torch.optim.SGD(model.parameters(), lr=0.05))
 
 
 def sharpness_aware(model):
     return SAM(model.parameters(), lambda: None)
 
 
-class Wrapper(torch.optim.Optimizer):
-    """Is an optimizer by name alone: it was never initialized, and fires no hooks of its own."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
-
-    def step(self, closure=None):
-        return self.optimizer.step(closure)
-
-
 def test_the_given_optimizer_is_gone():
-    """Then no update carries the penalty; the others are none of the scheduler's business, and go on."""
+    """Then no update applies the penalty; the others are none of the scheduler's business, and go on."""
     model = nn.Linear(4, 4)
     rst = RSTScheduler(model, sparsity=0.5, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     other = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -186,7 +170,7 @@ def test_the_given_optimizer_is_gone():
 
 @pytest.mark.parametrize("make", [wrapped, sharpness_aware], ids=lambda make: make.__name__)
 def test_a_composed_optimizer_given_to_the_scheduler(make):
-    """What is inside it carries the penalty, and another optimizer does not."""
+    """What is inside it applies the penalty, and another optimizer does not."""
     model = nn.Linear(4, 4)
     optimizer, other = make(model), torch.optim.SGD(model.parameters(), lr=0.0)
     rst = RSTScheduler(model, sparsity=0.5, optimizer=optimizer)
@@ -195,8 +179,8 @@ def test_a_composed_optimizer_given_to_the_scheduler(make):
         optimizer.zero_grad()
         model(torch.ones(1, 4)).sum().backward()
 
-    for stepping, ticks in ((other, 0), (optimizer, 1)):
+    for stepping, scheduler_steps in ((other, 0), (optimizer, 1)):
         closure()
         stepping.step(closure)
         rst.step()
-        assert rst.state_dict()["ticks"] == ticks
+        assert rst.state_dict()["ticks"] == scheduler_steps

@@ -1,7 +1,8 @@
-"""Models that are moved, cast, given other parameters or reparametrized while a scheduler holds them."""
+"""Models that are moved, cast, given other parameters or reparametrized while a scheduler manages them."""
 
 import copy
 import re
+import weakref
 from functools import partial
 
 import models
@@ -17,7 +18,7 @@ from torch_dual_ticket import RSTScheduler
 X = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
 
 
-def hold(layer: nn.Module) -> RSTScheduler:
+def scheduler_of(layer: nn.Module) -> RSTScheduler:
     return RSTScheduler(layer, 0.5, steps=2, seed=0)
 
 
@@ -47,7 +48,7 @@ def way(request):
 @pytest.mark.parametrize("convert", [nn.Module.double, lambda m: m.to("cpu", torch.bfloat16)], ids=["double", "to"])
 def test_conversion_in_each_phase(way, convert):
     layer = nn.Linear(6, 4)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     convert(layer)
     transformed(layer, rst)
@@ -67,7 +68,7 @@ def test_conversion_in_each_phase(way, convert):
 
 def test_state_loaded_by_swapping_after_finalize(way):
     layer = nn.Linear(6, 4)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     dense = copy.deepcopy(layer.state_dict())
     finalize_quietly(rst)
@@ -80,7 +81,7 @@ def test_state_loaded_by_swapping_after_finalize(way):
 def test_gradient_hooks_that_somebody_takes_off_the_parameter():
     """The next update puts ours back; likewise on another parameter that has got the memory of the one before."""
     layer = nn.Linear(6, 4)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     finalize_quietly(rst)
     layer.weight._post_accumulate_grad_hooks.clear()
@@ -92,16 +93,20 @@ def test_gradient_hooks_that_somebody_takes_off_the_parameter():
 
 
 def test_a_parameter_that_outlives_its_layer_and_goes_into_another():
-    """It still has the hook of a hold that is gone."""
+    """It still has the gradient hook of a ticket that is gone, and its zeros are not held any more."""
     layer = nn.Linear(6, 4)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     finalize_quietly(rst)
     other = nn.Linear(6, 4)
     other.weight = layer.weight
     del layer, rst
     assert len(other.weight._post_accumulate_grad_hooks) == 1
-    rst = hold(other)
+    optimizer = sgd(other)
+    loss_of(other(X.float())).backward()
+    optimizer.step()
+    assert (other.weight != 0).all()
+    rst = scheduler_of(other)
     transformed(other, rst)
     finalize_quietly(rst)
     other.weight.grad = None
@@ -111,7 +116,7 @@ def test_a_parameter_that_outlives_its_layer_and_goes_into_another():
 
 def test_memory_exchanged_through_data():
     layer = nn.Linear(6, 4)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     finalize_quietly(rst)
     torch.nn.utils.vector_to_parameters(torch.ones(28), layer.parameters())
@@ -122,9 +127,9 @@ def test_memory_exchanged_through_data():
 @pytest.mark.parametrize(
     "norm", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=lambda f: f.__name__
 )
-def test_parametrization_removed_while_it_is_held(norm):
+def test_parametrization_removed_while_it_is_managed(norm):
     layer = norm(nn.Linear(6, 4, dtype=torch.float64))
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     finalize_quietly(rst)
     transformed(layer, rst)
@@ -141,7 +146,7 @@ def test_parametrization_removed_while_it_is_held(norm):
 
 def test_a_copy_of_a_layer_whose_weight_is_gone():
     layer = parametrizations.weight_norm(nn.Linear(6, 4, dtype=torch.float64))
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     finalize_quietly(rst)
     parametrize.remove_parametrizations(layer, "weight")
@@ -150,9 +155,9 @@ def test_a_copy_of_a_layer_whose_weight_is_gone():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_old_weight_norm_removed_while_it_is_held():
+def test_old_weight_norm_removed_while_it_is_managed():
     layer = nn.utils.weight_norm(nn.Linear(6, 4, dtype=torch.float64))
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     finalize_quietly(rst)
     nn.utils.remove_weight_norm(layer)
@@ -161,14 +166,14 @@ def test_old_weight_norm_removed_while_it_is_held():
 
 
 @pytest.mark.parametrize("phase", ["transform", "finetune"])
-def test_parametrization_put_on_while_it_is_held(phase):
+def test_parametrization_put_on_while_it_is_managed(phase):
     layer = nn.Linear(6, 4, dtype=torch.float64)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     if phase == "finetune":
         finalize_quietly(rst)
     parametrizations.weight_norm(layer)
-    message = "weight is no parameter of its layer any more: a reparametrization"
+    message = "weight is not a parameter of its layer any more: a reparametrization"
     if phase == "transform":
         with pytest.raises(RuntimeError, match=message):
             rst.step()
@@ -185,30 +190,30 @@ def test_parametrization_put_on_while_it_is_held(phase):
 def test_a_finetuning_state_for_a_layer_whose_parameter_was_taken_away():
     """The state loads; the forward says what is wrong."""
     layer = nn.Linear(6, 4, dtype=torch.float64)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     parametrizations.weight_norm(layer)
     rst.load_state_dict(rst.state_dict() | {"phase": "finetune"})
-    with pytest.raises(RuntimeError, match="weight is no parameter of its layer any more: a reparametrization"):
+    with pytest.raises(RuntimeError, match="weight is not a parameter of its layer any more: a reparametrization"):
         layer(X)
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (4, 5), (3, 6), (24,)])
 def test_parameter_of_another_shape(shape):
     layer = nn.Linear(6, 4)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     layer.weight = nn.Parameter(torch.ones(shape))
     layer.weight.grad = torch.ones(shape)
     message = re.escape(f"weight has shape {shape}, but had (4, 6) when the scheduler was built")
-    for _ in range(2):  # it is no other at the second attempt
+    for _ in range(2):  # it is the same at the second attempt
         with pytest.raises(RuntimeError, match=message):
             sgd(layer).step()
 
 
 def test_parameter_of_another_shape_in_the_same_memory():
     layer = nn.Linear(6, 1000)
-    rst = hold(layer)
+    rst = scheduler_of(layer)
     transformed(layer, rst)
     layer.weight.data = layer.weight.data[:900]
     layer.weight.grad = torch.ones(900, 6)
@@ -234,7 +239,7 @@ class Fused(nn.Module):
 def test_parameters_that_are_parts_of_one_tensor():
     torch.manual_seed(0)
     model = Fused()
-    rst = hold(model)
+    rst = scheduler_of(model)
     optimizer = sgd(model)
     transformed(model, rst, optimizer)
     finalize_quietly(rst)
@@ -266,9 +271,9 @@ def clear_hooks(model: nn.Module) -> None:
 @pytest.mark.parametrize("noticed_by", ["step", "finalize"])
 @pytest.mark.parametrize("optimizer", ["a new one", "the same"])
 def test_a_layer_that_is_not_in_the_model_any_more(change, noticed_by, optimizer):
-    """A head may be exchanged on purpose; the scheduler says that it lets go, and speaks of the others from then on."""
+    """A head may be exchanged on purpose; the scheduler says that it detaches it, and goes on with the others."""
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     sgd_of_before = sgd(model)
     transformed(model, rst, sgd_of_before)
     change(model)
@@ -292,7 +297,7 @@ def test_a_layer_that_is_not_in_the_model_any_more(change, noticed_by, optimizer
 def test_a_layer_that_is_out_of_the_model_but_still_referenced(change):
     """An optimizer's closure, a list of layers, an old copy of the head: finalize() looks into the model itself."""
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     old = model[4]
     change(model)
@@ -304,19 +309,44 @@ def test_a_layer_that_is_out_of_the_model_but_still_referenced(change):
 
 
 def test_a_layer_of_a_finalized_model_whose_parameter_goes_on_in_another():
+    """It is not managed there, and nothing keeps it in memory when that one goes, too."""
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     optimizer = sgd(model)
     transformed(model, rst, optimizer)
     finalize_quietly(rst)
     new = nn.Linear(6, 4).double()
     new.weight = model[4].weight
     model[4] = new
-    update(model, rst, optimizer)  # which still knows the parameter by its hold
-    assert int((new.weight == 0).sum()) == 12
-    del optimizer
-    with pytest.warns(UserWarning, match=r"^4\.weight is trained on, but the layer .* gone, and its zeros are held no"):
-        update(model, rst, sgd(model))
+    update(model, rst, optimizer)
+    assert (new.weight != 0).all()
+    assert (model[0].weight == 0).any()
+    weight = weakref.ref(new.weight)
+    model[4] = nn.Linear(6, 4).double()
+    del new, optimizer
+    update(model, rst, sgd(model))
+    assert weight() is None
+
+
+@pytest.mark.parametrize("phase", ["transform", "finetune"])
+def test_tied_weights_that_come_apart(phase):
+    """``load_state_dict(assign=True)`` gives each layer its own parameter: the first one stays managed."""
+    model = network()
+    model[2].weight = model[0].weight
+    rst = scheduler_of(model)
+    transformed(model, rst)
+    if phase == "finetune":
+        finalize_quietly(rst)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert model[2].weight is not model[0].weight
+    transformed(model, rst)
+    if phase == "transform":
+        finalize_quietly(rst)
+        transformed(model, rst)
+    assert_holds_zeros(model, rst)
+    assert list(rst.masks) == ["0.weight", "4.weight"]
+    assert (model[2].weight != 0).all()
 
 
 class Attends(nn.Module):
@@ -373,7 +403,7 @@ def test_the_owner_of_a_parameter_is_out_of_the_model_but_still_referenced(which
 def test_a_parametrization_that_is_removed_but_still_referenced():
     model = network()
     parametrizations.weight_norm(model[0])
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     kept_alive = model[0].parametrizations.weight
     parametrize.remove_parametrizations(model[0], "weight")
@@ -388,31 +418,31 @@ class Hidden(nn.Sequential):
         yield self
 
 
-def test_a_model_that_lists_its_modules_in_a_way_of_its_own():
+def test_a_model_with_a_custom_list_of_modules():
     model = Hidden(*network())
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     assert len(finalize_quietly(rst).layers) == 3
 
 
 def test_everything_is_out_of_the_model_but_still_referenced():
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     old = list(model)
     for index in range(5):
         model[index] = nn.Identity()
     with (
         pytest.warns(UserWarning, match="will not be pruned any more"),
-        pytest.raises(RuntimeError, match="holds no layer"),
+        pytest.raises(RuntimeError, match="manages no layer"),
     ):
         rst.finalize()
     assert all((layer.weight != 0).all() for layer in old[::2])
 
 
-def test_weights_that_are_tied_while_they_are_held():
+def test_weights_that_are_tied_while_they_are_managed():
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     model[2].weight = model[0].weight
     before = copy.deepcopy(model.state_dict())
@@ -427,12 +457,12 @@ def test_weights_that_are_tied_while_they_are_held():
     assert torch.equal(model[2].weight != 0, rst.masks["0.weight"])
 
 
-def test_weights_that_are_tied_to_the_second_place_of_one_that_was_replaced():
+def test_weights_that_are_tied_to_the_second_occurrence_of_one_that_was_replaced():
     model = network()
     model[2].weight = model[0].weight
     model.add_module("5", nn.Linear(4, 6).double())
     model.add_module("6", nn.Linear(6, 6).double())
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     old = model[0]
     model[0] = nn.Linear(6, 6).double()
@@ -444,11 +474,11 @@ def test_weights_that_are_tied_to_the_second_place_of_one_that_was_replaced():
 
 def test_a_finalized_state_where_only_a_replaced_layer_is_tied():
     saved = network()
-    rst = hold(saved)
+    rst = scheduler_of(saved)
     transformed(saved, rst)
     finalize_quietly(rst)
     model = network()
-    other = hold(model)
+    other = scheduler_of(model)
     old = model[2]
     old.weight = model[0].weight
     model[2] = nn.Linear(6, 6).double()
@@ -456,13 +486,13 @@ def test_a_finalized_state_where_only_a_replaced_layer_is_tied():
     assert other.phase == "finetune"
 
 
-def test_a_finalized_state_for_weights_that_were_tied_while_they_were_held():
+def test_a_finalized_state_for_weights_that_were_tied_while_they_were_managed():
     saved = network()
-    rst = hold(saved)
+    rst = scheduler_of(saved)
     transformed(saved, rst)
     finalize_quietly(rst)
     model = network()
-    other = hold(model)
+    other = scheduler_of(model)
     model[2].weight = model[0].weight
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=r"^0\.weight and 2\.weight were tied after"):
@@ -473,19 +503,19 @@ def test_a_finalized_state_for_weights_that_were_tied_while_they_were_held():
 
 def test_all_layers_replaced():
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     for index in (0, 2, 4):
         model[index] = nn.Linear(6, 6).double()
     with pytest.warns(UserWarning, match=r"^0\.weight, 2\.weight, 4\.weight will not be pruned"):
         rst.step()
-    with pytest.raises(RuntimeError, match="holds no layer"):
+    with pytest.raises(RuntimeError, match="manages no layer"):
         rst.finalize()
 
 
 def test_one_of_two_owners_of_a_tied_weight_replaced():
     model = network()
     model[2].weight = model[0].weight
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     kept = rst.masks["0.weight"]
     model[0] = nn.Linear(6, 6).double()
@@ -497,34 +527,10 @@ def test_one_of_two_owners_of_a_tied_weight_replaced():
     assert (model[0].weight != 0).all()
 
 
-class Twice(nn.Module):
-    """One parameter under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.float64))
-        self.alias = self.weight
-
-    def forward(self, x):
-        return x @ self.weight @ self.alias
-
-
-def test_two_names_of_one_parameter_that_come_apart():
-    model = Twice()
-    rst = RSTScheduler(model, 0.5, steps=2, targets=[(Twice, "*")])
-    transformed(model, rst)
-    finalize_quietly(rst)
-    model.load_state_dict({name: torch.ones(6, 6, dtype=torch.float64) for name in ("weight", "alias")}, assign=True)
-    model(X)
-    assert model.weight is not model.alias
-    assert torch.equal(model.weight != 0, rst.masks["weight"])
-    assert torch.equal(model.alias != 0, rst.masks["weight"])
-
-
-def test_hooks_that_a_conversion_has_given_to_the_layer_in_its_place():
+def test_hooks_that_a_conversion_has_given_to_the_layer_that_replaces_it():
     """As conversions to quantized layers do."""
     model = network()
-    rst = hold(model)
+    rst = scheduler_of(model)
     transformed(model, rst)
     finalize_quietly(rst)
     model[0], hooks = nn.Linear(6, 6).double(), model[0]._forward_pre_hooks

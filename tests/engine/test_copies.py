@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, batch, finalize_quietly, loss_of, make, mlp
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket._engine.layer_hook import LayerHook
 from torch_dual_ticket.baselines import random_ticket
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def train(
     *,
     shape: tuple[int, ...] = SHAPE,
     rst: RSTScheduler | None = None,
-    by_hand: ByHand | None = None,
+    explicit: ExplicitLoop | None = None,
     clip: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     check: Callable[[], None] = lambda: None,
@@ -96,15 +97,15 @@ def train(
         optimizer.zero_grad()
         loss_of(model, index, shape).backward()
         check()
-        if by_hand is not None and by_hand.finalized:
-            by_hand.before_update()
+        if explicit is not None and explicit.finalized:
+            explicit.before_update()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if by_hand is not None and not by_hand.finalized:
-            by_hand.before_update()
+        if explicit is not None and not explicit.finalized:
+            explicit.before_update()
         optimizer.step()
-        if by_hand is not None:
-            by_hand.after_update()
+        if explicit is not None:
+            explicit.after_update()
         if rst is not None:
             rst.step()
         check()
@@ -180,7 +181,7 @@ def test_a_copy_at_every_moment_computes_the_same(moment, make_copy):
 @pytest.mark.parametrize("moment", [fresh, midway, done], ids=lambda m: m.__name__)
 def test_the_original_goes_on_with_its_life_as_if_it_had_not_been_copied(moment):
     model, rst = moment()
-    start = rst._ticks
+    start = rst._steps
     twin, twin_rst = moment()
     duplicate = copy.deepcopy(model)
     train(duplicate, range(3))
@@ -214,22 +215,22 @@ def test_a_copy_made_during_the_transformation_is_not_penalized(make_copy):
     train(duplicate, range(5))
     train(plain, range(5))
     assert_same(duplicate, plain, 0)
-    assert hooks(duplicate) == 0, "what stands in the place of a hook leaves at the first forward"
+    assert not any(isinstance(hook, LayerHook) for layer in duplicate for hook in layer._forward_pre_hooks.values())
     assert hooks(model) == 3
 
 
-def test_a_copy_made_during_the_transformation_takes_a_scheduler_of_its_own():
+def test_a_copy_made_during_the_transformation_takes_its_own_scheduler():
     model, _ = midway()
     duplicate = copy.deepcopy(model)
     plain = make(mlp)
     plain.load_state_dict(model.state_dict())
     rst = RSTScheduler(duplicate, sparsity=0.5, steps=4, seed=9)
-    by_hand = ByHand(plain, rst.masks, steps=4)
-    optimizer, plain_optimizer = train(duplicate, range(6), rst=rst), train(plain, range(6), by_hand=by_hand)
+    explicit = ExplicitLoop(plain, rst.masks, steps=4)
+    optimizer, plain_optimizer = train(duplicate, range(6), rst=rst), train(plain, range(6), explicit=explicit)
     finalize_quietly(rst)
-    by_hand.finalize()
+    explicit.finalize()
     train(duplicate, range(6, 12), rst=rst, optimizer=optimizer)
-    train(plain, range(6, 12), by_hand=by_hand, optimizer=plain_optimizer)
+    train(plain, range(6, 12), explicit=explicit, optimizer=plain_optimizer)
     assert_same(duplicate, plain)
 
 
@@ -252,8 +253,8 @@ def test_a_copy_of_a_finalized_model_lives_on_its_own(build, make_copy, optimize
     del model, rst  # nothing of the original is needed
     plain = make(build)
     plain.load_state_dict(duplicate.state_dict())
-    by_hand = ByHand(plain, masks, steps=1)
-    by_hand.finalize()
+    explicit = ExplicitLoop(plain, masks, steps=1)
+    explicit.finalize()
 
     def check() -> None:
         for name, kept in masks.items():
@@ -264,7 +265,7 @@ def test_a_copy_of_a_finalized_model_lives_on_its_own(build, make_copy, optimize
     mine = OPTIMIZERS[optimizer](duplicate.parameters())
     theirs = OPTIMIZERS[optimizer](plain.parameters())
     train(duplicate, range(8), shape=SHAPES[build], optimizer=mine, clip=clip, check=check)
-    train(plain, range(8), shape=SHAPES[build], optimizer=theirs, clip=clip, by_hand=by_hand)
+    train(plain, range(8), shape=SHAPES[build], optimizer=theirs, clip=clip, explicit=explicit)
     assert_same(duplicate, plain)
     assert all(not torch.equal(a, b) for a, b in zip(start.parameters(), duplicate.parameters(), strict=True))
 
@@ -315,8 +316,8 @@ def test_a_copy_of_a_part_holds_the_zeros_of_that_part(make_copy):
     part = make_copy(model.attention)
     plain = nn.MultiheadAttention(8, 2, batch_first=True).double()
     plain.load_state_dict(part.state_dict())
-    by_hand = ByHand(plain, {"out_proj.weight": kept}, steps=1)
-    by_hand.finalize()
+    explicit = ExplicitLoop(plain, {"out_proj.weight": kept}, steps=1)
+    explicit.finalize()
     for module in (part, plain):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
         for index in range(5):
@@ -324,11 +325,11 @@ def test_a_copy_of_a_part_holds_the_zeros_of_that_part(make_copy):
             optimizer.zero_grad()
             module(x, x, x)[0].square().mean().backward()
             if module is plain:
-                by_hand.before_update()
+                explicit.before_update()
             nn.utils.clip_grad_norm_(module.parameters(), 0.01)
             optimizer.step()
             if module is plain:
-                by_hand.after_update()
+                explicit.after_update()
     assert_same(part, plain)
     assert (part.out_proj.weight[~kept] == 0).all()
 
@@ -344,7 +345,7 @@ def test_a_copy_zeroes_at_its_forward_what_no_optimizer_has_changed():
     assert_same(duplicate, dense, 0)
 
 
-def test_a_copy_of_a_model_that_is_updated_by_hand_zeroes_at_each_forward():
+def test_a_copy_of_a_model_that_is_updated_manually_zeroes_at_each_forward():
     """Such updates may leave no trace, in the copy's loop as in the original's."""
     model = make(mlp)
     rst = RSTScheduler(model, 0.6, steps=2, seed=0)
@@ -373,7 +374,7 @@ def test_original_and_copy_are_independent():
         assert (duplicate.get_parameter(name)[~kept] == 0).all()
 
 
-def test_a_tied_weight_is_tied_and_held_in_the_copy():
+def test_a_tied_weight_is_tied_and_managed_in_the_copy():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -399,7 +400,7 @@ def by_copied_second(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model.second)
 
 
-def test_stock_prune_lets_a_layer_of_a_copy_go():
+def test_stock_prune_detaches_a_layer_of_a_copy():
     model, rst = finalized()
     duplicate = copy.deepcopy(model)
     for layer in (duplicate[0], duplicate[2], duplicate[4]):
@@ -411,10 +412,10 @@ def test_stock_prune_lets_a_layer_of_a_copy_go():
     RSTScheduler(duplicate, sparsity=0.5)
 
 
-def test_a_scheduler_on_a_held_copy_is_refused_with_the_way_out():
+def test_a_scheduler_on_a_managed_copy_is_refused_with_the_way_out():
     model, rst = finalized()
     duplicate = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"prune\.remove"):
+    with pytest.raises(ValueError, match=r"torch_dual_ticket\.release"):
         RSTScheduler(duplicate, sparsity=0.5)
     assert prune.is_pruned(duplicate)
     del rst
@@ -449,14 +450,18 @@ def test_a_copied_scheduler_that_goes_back_and_is_dropped_leaves_nothing():
     rst.load_state_dict(state)
     assert (rst.phase, hooks(model)) == ("transform", 3)
     del rst
-    assert hooks(model) == 0
+    plain = make(mlp)
+    plain.load_state_dict(model.state_dict())
+    train(model, range(3))
+    train(plain, range(3))
+    assert_same(model, plain, 0)
 
 
-def test_a_scheduler_copied_during_the_transformation_says_that_it_holds_nothing():
+def test_a_scheduler_copied_during_the_transformation_says_that_it_manages_nothing():
     model, rst = midway()
     duplicate, its_rst = copy.deepcopy((model, rst))
     train(duplicate, range(3), rst=its_rst)
-    assert its_rst._ticks == rst._ticks
+    assert its_rst._steps == rst._steps
     with pytest.raises(RuntimeError, match="copy made during the transformation"):
         its_rst.finalize()
     train(model, range(3, 5), rst=rst)
@@ -477,7 +482,7 @@ def test_functional_call_during_the_transformation_is_that_of_a_plain_model():
 @pytest.mark.parametrize("kind", ["parameters", "tensors"])
 @pytest.mark.parametrize("target", ["the model", "a copy"])
 def test_functional_call_computes_with_what_it_is_given_and_leaves_it_alone(kind, target):
-    """The tensors given are the caller's, as a teacher's or an EMA's are; the model's own stay held."""
+    """The tensors given are the caller's, as a teacher's or an EMA's are; the model's own stay managed."""
     model, rst = finalized()
     callee = model if target == "the model" else copy.deepcopy(model)
     teacher = make(mlp, seed=4)

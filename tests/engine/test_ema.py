@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, batch, cnn, finalize_quietly, loss_of, make, mlp, twins
-from reference import ByHand
+from reference import ExplicitLoop
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
@@ -30,18 +30,18 @@ AVERAGES = {
 def lives(
     build: Callable[[], nn.Module], kind: str, begin: int
 ) -> tuple[nn.Module, RSTScheduler, AveragedModel, AveragedModel]:
-    """A life with the library and one by hand, and torch's average of each, begun before or after finalize()."""
+    """A life with the library, an explicit one, and torch's average of each, begun before or after finalize()."""
     model, other = twins(build)
     shape = INPUT_SHAPES[build]
     rst = RSTScheduler(model, sparsity=0.7, steps=8, seed=1)
-    hand = ByHand(other, rst.masks, steps=8)
+    explicit = ExplicitLoop(other, rst.masks, steps=8)
     mine = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     theirs = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     average = reference = None
     for index in range(20):
         if index == 10:
             finalize_quietly(rst)
-            hand.finalize()
+            explicit.finalize()
         if index == begin:
             average, reference = (AveragedModel(averaged, **AVERAGES[kind]) for averaged in (model, other))
         mine.zero_grad()
@@ -50,9 +50,9 @@ def lives(
         rst.step()
         theirs.zero_grad()
         loss_of(other, index, shape).backward()
-        hand.before_update()
+        explicit.before_update()
         theirs.step()
-        hand.after_update()
+        explicit.after_update()
         if average is not None:
             average.update_parameters(model)
             reference.update_parameters(other)
@@ -60,7 +60,7 @@ def lives(
     return model, rst, average, reference
 
 
-def apply_by_hand(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+def apply_explicitly(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     with torch.no_grad():
         for name, kept in masks.items():
             model.get_parameter(name).mul_(kept)
@@ -76,7 +76,7 @@ def test_an_average_begun_before_finalize_is_plain_and_apply_masks_prunes_it(kin
         assert (average.module.get_parameter(name)[~kept] != 0).any(), "it remembers the weights of before finalize()"
 
     rst.apply_masks(average)
-    apply_by_hand(reference.module, rst.masks)
+    apply_explicitly(reference.module, rst.masks)
     assert_same(average, reference)
     x, _ = batch(0, INPUT_SHAPES[mlp])
     assert torch.allclose(average(x), reference(x), rtol=1e-12)
@@ -131,7 +131,7 @@ def test_the_model_lives_as_it_does_without_an_average():
 def test_an_average_with_buffers_and_batch_norm_statistics():
     model, rst, average, reference = lives(cnn, "swa", begin=4)
     rst.apply_masks(average)
-    apply_by_hand(reference.module, rst.masks)
+    apply_explicitly(reference.module, rst.masks)
     loader = [batch(index, INPUT_SHAPES[cnn])[0] for index in range(3)]
     update_bn(loader, average)
     update_bn(loader, reference)
@@ -149,7 +149,7 @@ def test_an_average_kept_in_a_dictionary_is_masked_when_it_is_tried_on_the_final
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(reference.module.get_parameter(name))
-    apply_by_hand(reference.module, rst.masks)
+    apply_explicitly(reference.module, rst.masks)
     x, _ = batch(0, INPUT_SHAPES[mlp])
     assert torch.allclose(model(x), reference(x), rtol=1e-12)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_an_average_that_is_written_past_the_version_counter_needs_apply_masks()
     for name, value in model.named_parameters():
         value.data.copy_(reference.module.get_parameter(name).data)
     rst.apply_masks(model)
-    apply_by_hand(reference.module, rst.masks)
+    apply_explicitly(reference.module, rst.masks)
     assert_same(model, reference.module)
 
 

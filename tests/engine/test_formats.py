@@ -1,11 +1,11 @@
-"""Weights in other formats: memory layouts, complex and short floating-point numbers, and not in memory at all."""
+"""Weights in other formats: memory layouts, complex numbers and half precision, and not in memory at all."""
 
 import pytest
 import torch
-from lives import Hand, Library, assert_same_life
+from lives import Explicit, Library, assert_same_life
 from models import assert_same, assert_same_states, finalize_quietly, make
 from plain_loop import assert_holds_zeros, assert_lives_alike, loss_of, normal, sgd, train_on
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import nn
 from torch.nn import functional
 
@@ -50,7 +50,7 @@ def test_channels_last_in_three_dimensions():
 def test_the_memory_format_changed_midway():
     model, other = make(convolutions), make(convolutions)
     rst = RSTScheduler(model, 0.6, steps=8, seed=0)
-    by_hand = ByHand(other, rst.masks, steps=8)
+    explicit = ExplicitLoop(other, rst.masks, steps=8)
 
     def train(chosen, side):
         optimizer = sgd(chosen)
@@ -58,7 +58,7 @@ def test_the_memory_format_changed_midway():
         for index in range(16):
             if index == 8:
                 side.finalize()
-            if not side.by_hand and index % 3 == 0:
+            if not side.is_explicit and index % 3 == 0:
                 chosen.to(memory_format=formats[index % 2])
             optimizer.zero_grad()
             loss_of(chosen(*normal(3, 16, 6, 6)(index))).backward()
@@ -67,7 +67,7 @@ def test_the_memory_format_changed_midway():
             side.after_update()
 
     train(model, Library(model, rst))
-    train(other, Hand(other, by_hand))
+    train(other, Explicit(other, explicit))
     assert_same(model, other, tolerance=1e-11)
     assert_holds_zeros(model, rst)
 
@@ -153,7 +153,7 @@ def test_gradients_that_autograd_leaves_lazily_conjugated(kind, width):
     assert_same_life(train, lambda: kind(width), sparsity=0.6, dtype=None)
 
 
-# ---------------------------------------------------------------------------------- short numbers
+# ---------------------------------------------------------------------------------- half precision
 
 EPSILON = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -163,8 +163,8 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
-def test_short_weights(dtype):
-    """To their rounding: what is one operation here is several by hand."""
+def test_half_precision_weights(dtype):
+    """To their rounding: what is one operation here is several in the explicit loop."""
     tolerance = 16 * EPSILON[dtype]
     rst = assert_lives_alike(
         network, normal(8, 12, dtype=dtype), ["0.weight", "2.weight"], dtype=dtype, tolerance=tolerance
@@ -189,7 +189,7 @@ def test_the_penalty_is_added_with_one_rounding(dtype, width):
 
 @pytest.mark.parametrize("width", [10, 900], ids=["small", "large"])
 def test_gradients_of_another_dtype_than_the_weight(width):
-    """Where a loop keeps gradients in float32 beside short weights."""
+    """Where a loop keeps gradients in float32 beside half-precision weights."""
     layer = make(lambda: nn.Linear(20, width, bias=False), dtype=torch.bfloat16)
     if not hasattr(layer.weight, "grad_dtype"):
         pytest.skip("this torch has no gradients of another dtype")
@@ -242,17 +242,17 @@ def test_a_model_on_the_meta_device_that_gets_its_memory_later(materialise):
     assert rst.residual() == 0
     rst.step()
     assert (rst.progress, "2 layers" in repr(rst)) == (0, True)
-    with pytest.raises(RuntimeError, match="no update ever carried the penalty"):
+    with pytest.raises(RuntimeError, match="no update ever applied the penalty"):
         rst.finalize()
 
     other = make(Attends)
-    by_hand = ByHand(other, rst.masks, steps=12)
+    explicit = ExplicitLoop(other, rst.masks, steps=12)
     materialise(model, {name: value.clone() for name, value in other.state_dict().items()})
     train = train_on(normal(5, 8, 8))
-    library, hand = Library(model, rst), Hand(other, by_hand)
+    library, theirs = Library(model, rst), Explicit(other, explicit)
     train(model, library)
-    train(other, hand)
-    assert_same_states(library.transformed, hand.transformed)
+    train(other, theirs)
+    assert_same_states(library.transformed, theirs.transformed)
     assert_same(model, other)
     assert_holds_zeros(model, rst)
 
@@ -306,5 +306,5 @@ def test_a_weight_without_dimensions():
 def test_large_tensors_are_walked_in_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 1000)
     tensor, mask = torch.randn(6, 1000), torch.ones(6, 1000, dtype=torch.uint8)
-    assert [part.shape for part, _ in kernels._chunks(tensor, mask)] == [(1000,)] * 6
-    assert [part.shape for part, _ in kernels._chunks(tensor, mask, share=2)] == [(500,)] * 12
+    assert [part.shape for part, _ in kernels.chunks(tensor, mask)] == [(1000,)] * 6
+    assert [part.shape for part, _ in kernels.chunks(tensor, mask, share=2)] == [(500,)] * 12

@@ -1,4 +1,4 @@
-"""Gradients that are missing, not finite, or of a kind of their own."""
+"""Gradients that are missing, not finite, or of an unusual kind."""
 
 import pytest
 import torch
@@ -39,14 +39,14 @@ def test_an_update_without_any_gradient():
                 loss_of(model, index, SHAPE).backward()
             side.before_update()
             optimizer.step()
-            if index % 4 != 1 or not side.by_hand:
+            if index % 4 != 1 or not side.is_explicit:
                 side.after_update()
 
     assert_same_life(train)
 
 
 def test_gradients_of_other_tensors():
-    """Set by hand, from ``autograd.grad`` or a reduction of one's own: a new tensor each time."""
+    """Assigned, from ``autograd.grad`` or a custom reduction: a new tensor each time."""
 
     def train(model, side):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -85,14 +85,14 @@ def test_gradients_that_do_not_lie_as_the_weights_do():
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
 def test_gradients_of_masked_weights_that_are_not_finite(build, kind, value):
-    """A product with zero would leave NaN, and clipping or a momentum would carry it further."""
+    """A product with zero would leave NaN, and clipping or a momentum would spread it."""
 
     def train(model, side):
         optimizer = kind(model.parameters(), lr=0.02)
         for index in updates(side):
             optimizer.zero_grad()
             loss = loss_of(model, index, SHAPE)
-            if not side.by_hand and side.rst.phase == "finetune":
+            if not side.is_explicit and side.rst.phase == "finetune":
                 masked = ~side.rst.masks["0.weight"]
                 handle = model[0].weight.register_hook(lambda grad, masked=masked: grad.masked_fill(masked, value))
                 loss.backward()

@@ -1,4 +1,4 @@
-"""Who holds which parameters, and since when: groups, several optimizers, subclasses, wrappers, replacements."""
+"""Which optimizer has which parameters since when: groups, several optimizers, subclasses, wrappers, replacements."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from lives import assert_same_life, training_with, updates
 from models import INPUT_SHAPES, loss_of, mlp
+from plain_loop import UninitializedWrapper
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -19,7 +20,7 @@ def backward(model, index):
 
 
 def test_several_groups():
-    """Each with settings of its own; one is maximized, which turns its penalty alone around."""
+    """Each with its own settings; one is maximized, which turns its penalty alone around."""
 
     def train(model, side):
         groups = [
@@ -44,7 +45,7 @@ def test_a_maximized_group():
         optimizer = torch.optim.SGD(groups, lr=1e-2)
         for index in updates(side):
             backward(model, index)
-            for times in range(2):  # by hand, the penalty is added to the negative gradient of that group
+            for times in range(2):  # in the explicit loop, the penalty is added to the negative gradient of that group
                 for parameter in model[0].parameters():
                     parameter.grad.neg_()
                 if times == 0:
@@ -88,13 +89,13 @@ def test_a_group_replaced_by_one_with_another_sign():
 
 
 @pytest.mark.parametrize("exchange", ["parameters", "groups", "appended"])
-def test_parameters_put_into_an_optimizer_by_hand(exchange):
+def test_parameters_put_into_an_optimizer(exchange):
     """It was made for another copy of the model; its parameters are exchanged or added to in place, or all groups."""
 
     def train(model, side):
         elsewhere = copy.deepcopy(model)
         optimizer = torch.optim.SGD(elsewhere.parameters(), lr=1e-2)
-        optimizer.step()  # holds nothing of the model yet
+        optimizer.step()  # has nothing of the model yet
         parameters = list(model.parameters())
         if exchange == "parameters":
             optimizer.param_groups[0]["params"][:] = parameters
@@ -114,13 +115,13 @@ def test_parameters_put_into_an_optimizer_by_hand(exchange):
 
 
 def test_a_parameter_that_the_optimizer_has_before_the_model():
-    """Put into the layer after several updates; by hand, its values go into the parameter that is there."""
+    """Put into the layer after several updates; the explicit loop copies its values into the old one."""
 
     def train(model, side):
         first, old, later = model[0], model[2].weight, nn.Parameter(0.5 * model[2].weight.detach())
-        optimizer = torch.optim.SGD([*first.parameters(), old if side.by_hand else later], lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD([*first.parameters(), old if side.is_explicit else later], lr=0.05, momentum=0.9)
         for index in updates(side):
-            if index == 5 and side.by_hand:
+            if index == 5 and side.is_explicit:
                 old.data.copy_(later)
             elif index == 5:
                 model[2].weight = later
@@ -138,7 +139,7 @@ def test_a_parameter_that_the_optimizer_has_before_the_model():
 
 
 def test_a_parameter_exchanged_in_the_model_alone():
-    """What the optimizer goes on updating is in the model no more: it gets no penalty, and no tick counts."""
+    """What the optimizer goes on updating is in the model no more: it gets no penalty, and no scheduler step counts."""
     torch.manual_seed(0)
     model = mlp().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -187,7 +188,7 @@ def test_a_new_optimizer_for_finetuning():
 
 
 def test_a_learning_rate_schedule():
-    """``LRScheduler`` puts a ``step`` of its own on the optimizer object."""
+    """``LRScheduler`` puts its own ``step`` on the optimizer object."""
 
     def train(model, side):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -219,7 +220,7 @@ def test_optimizers_made_before_and_after_the_scheduler():
                     optimizer.zero_grad()
             loss_of(model, index, SHAPE).backward()
             stepping = optimizers if index % 2 else optimizers[:2]
-            if side.by_hand:
+            if side.is_explicit:
                 kept_aside = model[4].weight.grad
                 if not index % 2:
                     model[4].weight.grad = None
@@ -244,7 +245,7 @@ class Halved(torch.optim.SGD):
 
 
 class Replaced(torch.optim.SGD):
-    """Puts other gradients in the place of the ones it is given; two levels up, hooks fire again."""
+    """Replaces the gradients that it is given; two levels up, hooks fire again."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -259,11 +260,11 @@ class ReplacedTwice(Replaced):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("ticks", ["each", "every-third"])
+@pytest.mark.parametrize("scheduler_steps", ["each", "every-third"])
 @pytest.mark.parametrize("kind", [Halved, Replaced, ReplacedTwice], ids=lambda kind: kind.__name__)
-def test_a_subclass_that_calls_the_step_it_inherits(kind, ticks):
-    """One update, though the hooks fire at each level; also for the second update of a tick."""
-    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire hooks of their own
+def test_a_subclass_that_calls_the_step_it_inherits(kind, scheduler_steps):
+    """One update, though the hooks fire at each level; also for the second update of a scheduler step."""
+    torch.optim.SGD([torch.zeros(1)])  # from here on, the inherited steps fire their own hooks
     Replaced([torch.zeros(1)])
 
     def train(model, side):
@@ -273,8 +274,8 @@ def test_a_subclass_that_calls_the_step_it_inherits(kind, ticks):
             side.before_update()
             optimizer.step()
             side.updated()
-            if ticks == "each" or index % 3 == 2:
-                side.tick()
+            if scheduler_steps == "each" or index % 3 == 2:
+                side.scheduler_step()
 
     assert_same_life(train)
 
@@ -308,7 +309,7 @@ def test_a_step_that_raised():
 
 
 class Wrapper:
-    """Has an optimizer, and is none: what libraries of mixed precision and of distribution hand out."""
+    """Has an optimizer, and is not one: what libraries of mixed precision and of distribution return."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -318,23 +319,6 @@ class Wrapper:
 
     def step(self):
         self.optimizer.step()
-
-
-class UninitializedWrapper(torch.optim.Optimizer):
-    """Is an optimizer by name alone: it shares the groups of the one inside and has no hooks of its own."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
-
-    def step(self, closure=None):
-        return self.optimizer.step(closure)
 
 
 @pytest.mark.parametrize("kind", [Wrapper, UninitializedWrapper], ids=lambda kind: kind.__name__)

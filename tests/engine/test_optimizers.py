@@ -1,4 +1,4 @@
-"""Every optimizer of torch, in each of its implementations, against the loop by hand."""
+"""Every optimizer of torch, in each of its implementations, against the explicit loop."""
 
 import pytest
 import torch

@@ -4,45 +4,45 @@ import pytest
 import torch
 from lives import assert_same_life, updates
 from models import INPUT_SHAPES, finalize_quietly, loss_of, make, mlp
-from reference import ByHand
+from reference import ExplicitLoop
 
 from torch_dual_ticket import RSTScheduler
 
 SHAPE = INPUT_SHAPES[mlp]
-PLACES = ["before-zero-grad", "before-backward", "before-update", "after-update"]
+POSITIONS = ["before-zero-grad", "before-backward", "before-update", "after-update"]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_the_place_within_the_loop(place):
-    """Update number k carries the k-th penalty, wherever the tick is."""
+@pytest.mark.parametrize("position", POSITIONS)
+def test_the_position_within_the_loop(position):
+    """Update number k applies the k-th penalty, wherever ``rst.step()`` is called."""
 
     def train(model, side):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-        def tick_at(here):
-            if not side.by_hand and place == here:
-                side.tick()
+        def step_at(here):
+            if not side.is_explicit and position == here:
+                side.scheduler_step()
 
         for index in updates(side):
-            tick_at("before-zero-grad")
+            step_at("before-zero-grad")
             optimizer.zero_grad()
             loss = loss_of(model, index, SHAPE)
-            tick_at("before-backward")
+            step_at("before-backward")
             loss.backward()
-            tick_at("before-update")
+            step_at("before-update")
             side.before_update()
             optimizer.step()
-            tick_at("after-update")
+            step_at("after-update")
             side.updated()
-            if side.by_hand:
-                side.tick()
+            if side.is_explicit:
+                side.scheduler_step()
 
     assert_same_life(train)
 
 
 @pytest.mark.parametrize("every", [2, 5, 10], ids=lambda every: f"every-{every}")
-def test_a_tick_for_several_updates(every):
-    """All of them carry one λ, be it for each n updates or for each epoch."""
+def test_a_scheduler_step_for_several_updates(every):
+    """All of them apply one λ, be it for each n updates or for each epoch."""
 
     def train(model, side):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -53,13 +53,13 @@ def test_a_tick_for_several_updates(every):
             optimizer.step()
             side.updated()
             if index % every == every - 1:
-                side.tick()
+                side.scheduler_step()
 
     rst = assert_same_life(train, steps=4)
     assert rst.state_dict()["ticks"] == min(4, 20 // every)
 
 
-def test_no_tick_at_all():
+def test_no_scheduler_step_at_all():
     """λ stays what it is for the first update."""
 
     def train(model, side):
@@ -75,7 +75,7 @@ def test_no_tick_at_all():
     assert rst.progress == 0.0
 
 
-def test_ticks_without_updates():
+def test_scheduler_steps_without_updates():
     """They do not count: not before the first update, not between two."""
 
     def train(model, side):
@@ -83,9 +83,9 @@ def test_ticks_without_updates():
         for index in updates(side):
             optimizer.zero_grad()
             loss_of(model, index, SHAPE).backward()
-            if not side.by_hand:
-                side.tick()
-                side.tick()
+            if not side.is_explicit:
+                side.scheduler_step()
+                side.scheduler_step()
             side.before_update()
             optimizer.step()
             side.after_update()
@@ -98,7 +98,7 @@ def test_lambda_as_it_is_shown():
     model = make(mlp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rst = RSTScheduler(model, sparsity=0.5, steps=4, hold=3, max_penalty=0.8)
-    reference = ByHand(model, rst.masks, steps=4, max_penalty=0.8)
+    reference = ExplicitLoop(model, rst.masks, steps=4, max_penalty=0.8)
     shown = []
     for index in range(9):
         shown.append((rst.penalty, rst.progress, rst.done))
@@ -108,8 +108,8 @@ def test_lambda_as_it_is_shown():
         optimizer.step()
         rst.step()
         reference.updates += 1
-    assert [progress for _, progress, _ in shown] == [min(1.0, tick / 7) for tick in range(9)]
-    assert [done for _, _, done in shown] == [tick >= 7 for tick in range(9)]
+    assert [progress for _, progress, _ in shown] == [min(1.0, step / 7) for step in range(9)]
+    assert [done for _, _, done in shown] == [step >= 7 for step in range(9)]
     finalize_quietly(rst)
     before = rst.state_dict()
     rst.step()

@@ -1,4 +1,4 @@
-"""Recurrent layers, whose weights have names of their own: ``targets=((nn.LSTM, "weight_*"),)``."""
+"""Recurrent layers, whose weights have other names: ``targets=((nn.LSTM, "weight_*"),)``."""
 
 import pytest
 import torch

@@ -81,7 +81,7 @@ def test_a_dense_state_is_masked_before_the_norm_is_taken(norm):
 def test_stock_prune_is_refused_and_leaves_the_hooks_in_their_order(norm):
     model = finalized(norm)[0]
     hooks = list(model[0]._forward_pre_hooks.items())
-    with pytest.raises(RuntimeError, match="held by an RSTScheduler"):
+    with pytest.raises(RuntimeError, match="managed by an RSTScheduler"):
         prune.l1_unstructured(model[0], "weight", 3)
     assert list(model[0]._forward_pre_hooks.items()) == hooks
     assert prune.remove(model[0], "weight") is model[0]
@@ -160,7 +160,7 @@ def test_other_parametrizations_are_refused_by_name_or_excluded():
     assert_lives_alike(build, normal(4, 6), ["2.weight"], exclude=["0"])
 
 
-def test_a_parametrized_bias_is_no_obstacle():
+def test_a_parametrized_bias_is_not_an_obstacle():
     def build():
         layer = nn.Linear(6, 4)
         parametrize.register_parametrization(layer, "bias", Doubled())

@@ -37,7 +37,7 @@ def embeddings_of(model):
 
 @torch.no_grad()
 def penalize_rows(side):
-    """By hand: in the rows that the gradient holds."""
+    """In the explicit loop: in the rows that the gradient holds."""
     for parameter, kept in side.reference.targets:
         grad = parameter.grad = parameter.grad.coalesce()
         rows = grad.indices()[0]
@@ -64,7 +64,7 @@ def test_sparse_gradients(name, zeroing):
                 optimizer.zero_grad(set_to_none=zeroing == "to-none")
             loss_at(model, 2 * index).backward()
             loss_at(model, 2 * index + 1).backward()
-            if side.by_hand:
+            if side.is_explicit:
                 penalize_rows(side)
             for optimizer in optimizers:
                 optimizer.step()
@@ -79,7 +79,7 @@ def test_maximized_sparse_gradients():
         for index in updates(side, count=60, middle=30):
             optimizer.zero_grad()
             (-loss_at(model, index)).backward()
-            if side.by_hand:
+            if side.is_explicit:
                 for parameter in embeddings_of(model):
                     parameter.grad.neg_()
                 penalize_rows(side)
@@ -105,7 +105,7 @@ def test_a_sparse_gradient_without_rows():
                     )
             else:
                 loss_at(model, index).backward()
-            if side.by_hand:
+            if side.is_explicit:
                 penalize_rows(side)
             optimizer.step()
             side.after_update()
@@ -121,7 +121,7 @@ def test_nan_in_the_sparse_gradient_of_a_masked_weight():
         optimizer = OPTIMIZERS["sparse-adam"](embeddings_of(model))
 
         def poison(grad):
-            if side.by_hand or side.rst.phase == "transform":
+            if side.is_explicit or side.rst.phase == "transform":
                 return None
             grad = grad.coalesce()
             masked = ~side.rst.masks["words.weight"][grad.indices()[0]]
@@ -132,7 +132,7 @@ def test_nan_in_the_sparse_gradient_of_a_masked_weight():
         for index in updates(side, count=60, middle=30):
             optimizer.zero_grad()
             loss_at(model, index).backward()
-            if side.by_hand:
+            if side.is_explicit:
                 penalize_rows(side)
             optimizer.step()
             side.after_update()

@@ -6,14 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
-from halves import STEPS, InOneProcess, live_alike
+from halves import STEPS, InOneProcess, live_alike, shard
 from models import assert_same, finalize_quietly, loss_of, make, twins, wide
 from ranks import needs_fsdp2, on_two_ranks
-from test_fsdp2 import shard
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine import local_masks
+from torch_dual_ticket._engine import kernels, mask_cache
 from torch_dual_ticket.masks.seeded import SeededMask
 
 SHAPE = (12,)
@@ -44,7 +43,7 @@ def loss_on(model: nn.Module, index: int) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(local_masks, "PART", 500)
+    monkeypatch.setattr(mask_cache, "PART", 500)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_a_weight_of_another_shape_is_refused():
     model[0].bias = None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss_of(model, 0, SHAPE).backward()
-    with pytest.raises(RuntimeError, match=r"0\.weight has shape \(361, 12\), but had \(360, 12\)"):
+    with pytest.raises(RuntimeError, match=r"weight has shape \(.*361.*\), but had \(.*360.*\) when"):
         optimizer.step()
     del rst
 
@@ -150,7 +149,7 @@ def test_a_weight_of_another_shape_is_refused():
 @needs_fsdp2
 @on_two_ranks
 def test_shards():
-    with mock.patch.object(local_masks, "PART", 500), mock.patch.object(local_masks, "SMALL", 100):
+    with mock.patch.object(mask_cache, "PART", 500), mock.patch.object(kernels, "SMALL", 100):
         model = shard(make(rows_that_do_not_divide))
         rst = RSTScheduler(model, sparsity=0.6, steps=STEPS, store_masks=False)
         live_alike(model, rst, InOneProcess(make(rows_that_do_not_divide), rst.masks))

@@ -23,7 +23,7 @@ from comparison import engines, methods, training
 from comparison.cells import Cell
 from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip, fashion_mnist, read_idx
 from comparison.flops import FlopCount
-from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALISED, SEARCHES, WITH_PATTERN, with_its_own
+from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALIZED, SEARCHES, WITH_PATTERN, with_its_own
 from comparison.models import MODELS
 from comparison.options import make_parser
 from comparison.records import Records
@@ -51,7 +51,7 @@ PENALTY = {"schedule": "linear", "max_penalty": 1.0, "hold": 0.2}
 
 
 def cell(method, **changes):
-    fields = {"method": method, **(PENALTY if method in PENALISED else {}), **changes}
+    fields = {"method": method, **(PENALTY if method in PENALIZED else {}), **changes}
     return Cell(**{**CELL.__dict__, **fields})
 
 
@@ -79,7 +79,7 @@ def test_every_method_makes_the_same_number_of_updates(method, monkeypatch):
     assert parts == ["validation"] * (1 + looks_at_masked) + ["test"]
     assert (result["masked"] is not None) == looks_at_masked
     assert result["achieved_sparsity"] == (0 if method == "dense" else pytest.approx(0.8, abs=1e-4))
-    assert (result["residual"] is not None) == (method in PENALISED)
+    assert (result["residual"] is not None) == (method in PENALIZED)
     if method in SEARCHES - {"LTH-iter"}:
         assert result["dense_updates"] == CELL.updates / 2
 
@@ -396,9 +396,9 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path, ending):
     assert np.array_equal(data.parts["test"][1], arrays["t10k", "labels-idx1"])
 
 
-def test_what_is_no_idx_file_is_refused(tmp_path):
+def test_what_is_not_an_idx_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="no idx file"):
+    with pytest.raises(ValueError, match="not an idx file"):
         read_idx(tmp_path / "file")
 
 
@@ -433,7 +433,7 @@ def test_a_transformer_is_compared_on_text(tmp_path):
     assert 0 < training.run_cell(run, path, CPU)["test"] <= 100
 
 
-def test_flops_are_those_counted_by_hand():
+def test_flops_are_those_counted_explicitly():
     model = MODELS["lenet-300-100"].build((1, 28, 28), 10)
     count = FlopCount(model, torch.zeros(1, 1, 28, 28))
     layers = [784 * 300, 300 * 100, 100 * 10]
@@ -496,7 +496,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_table(tmp_path
     assert not made
 
 
-def test_learning_rates_are_chosen_on_validation_data_with_seeds_of_their_own(tmp_path, monkeypatch):
+def test_learning_rates_are_chosen_on_validation_data_with_separate_seeds(tmp_path, monkeypatch):
     best = {"dense": 0.05, "scratch": 0.2, "LTH": 0.1}
     made = []
 
@@ -623,7 +623,7 @@ def test_records_from_before_the_newer_fields_are_still_known():
 # ---------------------------------------------------------------------- the report
 
 
-def test_means_intervals_and_paired_differences_are_those_by_hand(tmp_path):
+def test_means_intervals_and_paired_differences_are_those_computed_explicitly(tmp_path):
     tests = {
         "dense": [90.0, 92.0, 94.0],
         "scratch": [80.0, 84.0, 82.0],
@@ -762,7 +762,7 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch, arguments, message)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_every_option_has_a_help_text_of_its_own():
+def test_every_option_has_its_own_help_text():
     texts = [action.help for action in make_parser("")._actions]
     assert all(texts)
     assert len(texts) == len(set(texts))

@@ -84,7 +84,7 @@ def test_quickstart_tickets_share_weights_batches_and_mask(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".csv"])
-def test_quickstart_reads_data_of_ones_own(tmp_path, suffix):
+def test_quickstart_reads_custom_data(tmp_path, suffix):
     generator = np.random.default_rng(0)
     y = np.repeat(["no", "yes"], 50)
     x = generator.normal(size=(100, 3)) + 4 * (y == "yes")[:, None]

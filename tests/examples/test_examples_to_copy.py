@@ -31,7 +31,7 @@ DIGITS_LAYERS = {"0.weight": 19_200, "2.weight": 30_000}
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Run an example as a program would, in a folder of its own; returns its variables and what it printed."""
+    """Run an example as a program would, in its own folder; returns its variables and what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *arguments):

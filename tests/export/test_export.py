@@ -1,5 +1,6 @@
-"""Tickets as files: every bit comes back, no wrong file gets in, and a model is loaded whole or not at all."""
+"""Tickets as files: every bit comes back, wrong files are refused, and a model is loaded completely or not at all."""
 
+import base64
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import warnings
+import zlib
 from itertools import pairwise
 
 import pytest
@@ -19,9 +21,9 @@ from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, tran
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from torch_dual_ticket import RSTScheduler, sealed_file
+from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import random_ticket
-from torch_dual_ticket.export import load_ticket, read_ticket, save_ticket
+from torch_dual_ticket.export import checksum, load_ticket, read_ticket, save_ticket
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 complex_modules_are_meant = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
@@ -36,7 +38,7 @@ def convolutional():
 
 
 def finalized(model, sparsity=None, *, fill=True, layout="plain", **arguments):
-    """A scheduler that has held the model's zeros since one update, and the model full of random bits."""
+    """A scheduler finalized after one update, and its model full of random bits."""
     rst = RSTScheduler(model, sparsity, steps=1, seed=7, **arguments)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -97,7 +99,7 @@ def path(tmp_path):
     return tmp_path / "ticket.safetensors"
 
 
-# ---------------------------------------------------------------------- there and back
+# ---------------------------------------------------------------------- round trips
 
 
 @complex_modules_are_meant
@@ -142,7 +144,7 @@ def test_any_shapes_names_and_seeds(sizes, name, dtype, seed, sparsity, path):
 
 
 @pytest.mark.parametrize("build", [mlp, cnn, transformer], ids=lambda build: build.__name__)
-def test_training_goes_on_from_a_file_as_if_nothing_had_happened(build, path):
+def test_training_resumed_from_a_file_equals_training_without_interruption(build, path):
     def train(model, indices):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=1e-3)
         for index in indices:
@@ -167,7 +169,7 @@ def test_training_goes_on_from_a_file_as_if_nothing_had_happened(build, path):
     assert all((other.get_parameter(name)[~kept] == 0).all() for name, kept in rst.masks.items())
 
 
-def test_to_and_from_dense_state_dicts(path, tmp_path):
+def test_conversion_to_and_from_dense_state_dicts(path, tmp_path):
     model = make(cnn)
     rst = finalized(model, 0.8, fill=False)
     save_ticket(rst, path)
@@ -209,7 +211,7 @@ def test_the_file_is_an_ordinary_safetensors_file(path):
     assert description["scheduler"] == rst.state_dict()
 
 
-def test_one_ticket_gives_one_file(path, tmp_path):
+def test_saving_twice_gives_identical_files(path, tmp_path):
     rst = finalized(make(cnn), 0.75)
     save_ticket(rst, path)
     for copied in (rst, copy.deepcopy(rst)):
@@ -250,12 +252,12 @@ def test_cuda_and_cpu_write_and_read_the_same(pattern, sparsity, path, tmp_path)
 # ---------------------------------------------------------------------- layouts, tied weights, wrappers
 
 
-def test_the_layout_of_torch(path):
+def test_the_layout_of_torch_prune(path):
     model = make(convolutional)
     plain_model = copy.deepcopy(model)
     rst = finalized(model, 0.75, layout="prune")
     save_ticket(rst, path)
-    tensors, description = sealed_file.read(path)
+    tensors, description = checksum.read(path)
     assert "0.weight_mask" not in tensors  # it is drawn from the seed
     assert description["state_dict"]["0.weight_mask"] == {
         "dtype": "float64",
@@ -266,7 +268,7 @@ def test_the_layout_of_torch(path):
     finalized(other, 0.3, layout="prune")
     load_ticket(path, other)
     assert_same_bits(other, model)
-    # A model that never was a ticket, by torch's own means.
+    # A model that was never managed gets the layout from torch's own function.
     with pytest.raises(ValueError, match=r"0\.weight is in the model, but not in the file.*prune\.identity"):
         load_ticket(path, plain_model)
     for layer in (plain_model[0], plain_model[2], plain_model[4]):
@@ -276,7 +278,7 @@ def test_the_layout_of_torch(path):
     assert_same_bits({name: plain_model.state_dict()[name] for name in model.state_dict()}, model)
 
 
-def test_the_layout_of_torch_with_more_pruned_and_momentum_under_the_mask(path):
+def test_the_layout_of_torch_prune_with_more_pruned_and_momentum_under_the_mask(path):
     def pruned_twice(seed):
         model = make(mlp, seed)
         rst = finalized(model, 0.5, layout="prune", fill=False)
@@ -334,7 +336,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(path):
     rst = finalized(model, 0.5)
     assert list(rst.masks) == ["encoder.weight", "embedding.weight"]
     save_ticket(rst, path)
-    tensors, _ = sealed_file.read(path)
+    tensors, _ = checksum.read(path)
     assert sorted(tensors) == sorted(
         ["encoder.weight", "encoder.bias", "embedding.weight", "decoder.bias", "scale", "left", "right"]
     )
@@ -351,8 +353,8 @@ def test_other_ties_are_another_architecture(tie, path):
     model, other = Tied(tie), Tied(not tie)
     save_ticket(finalized(model, 0.5), path)
     before = copy.deepcopy(other.state_dict())
-    place = "tied to scale" if tie else "a tensor of its own"
-    with pytest.raises(ValueError, match=f"does not fit this Tied: same is {place} in the file, .* here"):
+    tie_there = "tied to scale" if tie else "a separate tensor"
+    with pytest.raises(ValueError, match=f"does not fit this Tied: same is {tie_there} in the file, .* here"):
         load_ticket(path, other)
     assert_same_bits(other, before)
 
@@ -383,7 +385,7 @@ def test_parametrized_weights_go_by_their_names_in_the_state_dict(path):
     assert torch.equal(other.eval()(x), model.eval()(x))
 
 
-def test_wrappers_leave_no_trace(path):
+def test_names_are_those_of_the_unwrapped_model(path):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model = make(mlp)
@@ -405,15 +407,15 @@ def test_wrappers_leave_no_trace(path):
     assert path.read_bytes() == before
 
 
-def test_after_remove_and_with_a_layer_taken_out(path):
+def test_after_remove_and_with_a_detached_layer(path):
     model = make(mlp)
     rst = finalized(model, 0.5, fill=False)
     prune.remove(model[2], "weight")
     with torch.no_grad():
-        model[2].weight.add_(1)  # it is dense again, and stored so
+        model[2].weight.add_(1)  # it is dense again, and stored as such
     rst.remove()
     save_ticket(rst, path)
-    assert list(sealed_file.read(path)[1]["masks"]) == ["0.weight", "4.weight"]
+    assert list(checksum.read(path)[1]["masks"]) == ["0.weight", "4.weight"]
     other = another(model)
     load_ticket(path, other)
     assert_same_bits(other, model)
@@ -457,7 +459,7 @@ def test_buffers_of_every_dtype(path):
 # ---------------------------------------------------------------------- what cannot be saved
 
 
-def test_only_a_finalized_scheduler_is_saved(path):
+def test_only_finalized_schedulers_are_saved(path):
     model = make(mlp)
     with pytest.raises(RuntimeError, match=r"call finalize\(\) first"):
         save_ticket(RSTScheduler(model, 0.5, seed=0), path)
@@ -486,7 +488,7 @@ def with_buffer(tensor):
     ("build", "message"),
     [
         (lambda: nn.Sequential(WithExtraState(4, 4)), r"0\._extra_state is a dict \(extra state\)"),
-        (lambda: with_buffer(torch.eye(3).to_sparse()), r"odd is no ordinary dense tensor \(torch\.sparse_coo"),
+        (lambda: with_buffer(torch.eye(3).to_sparse()), r"odd is not an ordinary dense tensor \(torch\.sparse_coo"),
         (lambda: with_buffer(torch.empty(3, dtype=torch.bits8)), r"odd has dtype torch\.bits8"),
         (lambda: with_buffer(torch.zeros(3, device="meta")), r"odd is on the meta device.*to_empty"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d()), r"1\.weight has no shape yet"),
@@ -504,18 +506,18 @@ def test_what_a_file_cannot_hold_is_named(build, message, path):
     assert not path.exists()
 
 
-def test_a_structure_that_has_changed_is_named(path):
+def test_a_changed_structure_is_named(path):
     model = make(mlp)
     rst = finalized(model, 0.5)
     model[2] = nn.Identity()
-    with pytest.raises(ValueError, match=r"2\.weight is not in the model's state_dict any more"):
+    with pytest.raises(ValueError, match=r"2\.weight has a mask, but is not in the model's state_dict any more"):
         save_ticket(rst, path)
     model[2] = nn.Linear(20, 17)
     with pytest.raises(ValueError, match=r"2\.weight has shape \(17, 20\), and its mask \(16, 20\)"):
         save_ticket(rst, path)
 
 
-# ---------------------------------------------------------------------- whole or not at all
+# ---------------------------------------------------------------------- all or nothing
 
 
 def test_an_interrupted_save_leaves_the_earlier_file(path, monkeypatch):
@@ -554,25 +556,25 @@ def test_paths_that_do_not_exist(tmp_path):
 
 
 def test_a_loading_that_fails_midway_is_undone(path):
-    class Moody(nn.Linear):
+    class FailsToLoad(nn.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *args):
             super()._load_from_state_dict(state_dict, prefix, *args)
-            if getattr(self, "is_moody", False):
+            if getattr(self, "fails", False):
                 raise RuntimeError("not today")
 
-    model = make(lambda: nn.Sequential(nn.Linear(4, 4), Moody(4, 4)))
+    model = make(lambda: nn.Sequential(nn.Linear(4, 4), FailsToLoad(4, 4)))
     rst = finalized(model, 0.5)
     save_ticket(rst, path)
     other = another(model)
-    other[1].is_moody = True
+    other[1].fails = True
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=r"the model is as it was: not today"):
         load_ticket(path, other)
     assert_same_bits(other, before)
-    # One that torch itself cannot write to: all places of the buffer share one number.
+    # A buffer that torch cannot write to: all its elements share one number in memory.
     model.register_buffer("flat", torch.zeros(4))
     save_ticket(rst, path)
-    other[1].is_moody = False
+    other[1].fails = False
     other.register_buffer("flat", torch.zeros(1).expand(4))
     before = {"flat": other.flat, **before}
     with pytest.raises(ValueError, match=r"the model is as it was"):
@@ -624,7 +626,7 @@ def is_lazy(tensor):
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory):
+def saved(tmp_path_factory):
     """The bytes of a small ticket, and of another one, and the model of the first."""
     path = tmp_path_factory.mktemp("tickets") / "ticket"
     model = make(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), dtype=torch.float32)
@@ -638,24 +640,24 @@ def sealed(tmp_path_factory):
 
 def corruptions(data, other):
     size = len(data)
-    places = st.integers(0, size - 1)
+    positions = st.integers(0, size - 1)
     lengths = st.integers(1, 64)
     header = 8 + int.from_bytes(data[:8], "little")
     return st.one_of(
-        st.tuples(st.one_of(places, st.integers(0, header)), st.integers(0, 7)).map(
+        st.tuples(st.one_of(positions, st.integers(0, header)), st.integers(0, 7)).map(
             lambda a: data[: a[0]] + bytes([data[a[0]] ^ 1 << a[1]]) + data[a[0] + 1 :]
         ),
-        st.tuples(places, st.binary(min_size=1, max_size=64)).map(
+        st.tuples(positions, st.binary(min_size=1, max_size=64)).map(
             lambda a: (data[: a[0]] + a[1] + data[a[0] + len(a[1]) :])[:size]
         ),
-        places.map(lambda a: data[:a]),
+        positions.map(lambda a: data[:a]),
         st.binary(min_size=1, max_size=64).map(lambda a: data + a),
-        st.tuples(places, st.binary(min_size=1, max_size=64)).map(lambda a: data[: a[0]] + a[1] + data[a[0] :]),
-        st.tuples(places, lengths).map(lambda a: data[: a[0]] + data[a[0] + a[1] :]),
-        st.tuples(places, lengths).map(lambda a: data[: a[0]] + bytes(a[1]) + data[a[0] + a[1] :]),
-        st.tuples(places, places).map(lambda a: swap(data, *sorted(a))),
-        places.map(lambda a: data[:a] + other[a:]),
-        st.tuples(places, lengths).map(lambda a: data[: a[0]] + other[a[0] : a[0] + a[1]] + data[a[0] + a[1] :]),
+        st.tuples(positions, st.binary(min_size=1, max_size=64)).map(lambda a: data[: a[0]] + a[1] + data[a[0] :]),
+        st.tuples(positions, lengths).map(lambda a: data[: a[0]] + data[a[0] + a[1] :]),
+        st.tuples(positions, lengths).map(lambda a: data[: a[0]] + bytes(a[1]) + data[a[0] + a[1] :]),
+        st.tuples(positions, positions).map(lambda a: swap(data, *sorted(a))),
+        positions.map(lambda a: data[:a] + other[a:]),
+        st.tuples(positions, lengths).map(lambda a: data[: a[0]] + other[a[0] : a[0] + a[1]] + data[a[0] + a[1] :]),
         st.binary(max_size=200),
     ).filter(lambda corrupted: corrupted not in (data, other))
 
@@ -666,8 +668,8 @@ def swap(data, a, b):
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choice=st.data())
-def test_whatever_is_corrupted_is_refused(choice, sealed, path):
-    data, other, model = sealed
+def test_corrupted_files_are_refused(choice, saved, path):
+    data, other, model = saved
     path.write_bytes(choice.draw(corruptions(data, other)))
     before = copy.deepcopy(model.state_dict())
     for read in (read_ticket, lambda path: load_ticket(path, model)):
@@ -676,47 +678,73 @@ def test_whatever_is_corrupted_is_refused(choice, sealed, path):
     assert_same_bits(model, before)
 
 
-def test_a_changed_bit_in_any_byte_is_noticed(sealed, path):
-    data = sealed[0]
+def test_a_changed_bit_in_any_byte_is_noticed(saved, path):
+    data = saved[0]
     bit = random.Random(0)
-    for place in range(len(data)):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit.randrange(8)]) + data[place + 1 :])
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit.randrange(8)]) + data[position + 1 :])
         with pytest.raises(ValueError):
-            sealed_file.read(path)
+            checksum.read(path)
 
 
-def test_it_is_said_what_is_damaged(sealed, path):
-    data, _, _ = sealed
+def test_errors_of_damaged_files_say_what_to_do(saved, path):
+    data, _, _ = saved
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
 
     def refused(corrupted, message):
         path.write_bytes(corrupted)
         with pytest.raises(ValueError, match=message):
             read_ticket(path)
 
-    for name, entry in header.items():
-        if name != "__metadata__":
-            place = start + entry["data_offsets"][0]
-            flipped = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
-            refused(flipped, rf"not as it was saved: the values of {name} have changed\. Copy or save it again")
-    refused(data[:-3], rf"it has {len(data) - 3:,} bytes instead of {len(data):,}")
-    refused(data + b"\0", rf"it has {len(data) + 1:,} bytes instead of {len(data):,}")
-    refused(data.replace(b'pruned\\": 15', b'pruned\\": 14'), "its header has changed")
-    refused(data[:start].replace(b"  ", b"\t ") + data[start:], "its header has changed")
-    refused(data[:200], rf"cut off \(200 bytes are there\): its header should end at byte {start:,}")
+    for corrupted in (
+        data[:-1] + bytes([data[-1] ^ 4]),
+        data[:-3],
+        data + b"\0",
+        data.replace(b'pruned\\": 15', b'pruned\\": 14'),
+        data[:start].replace(b"  ", b"\t ") + data[start:],
+    ):
+        assert corrupted != data
+        refused(corrupted, rf"is damaged: its checksum .* the {len(corrupted):,} bytes .* Copy or save it again")
+    refused(data[:200], r"not a ticket, or its header is damaged or cut off \(200 bytes are there\)")
     refused(b"", r"\(0 bytes are there\)")
-    refused(b"PK\x03\x04" + bytes(100), r"no ticket, .* looks like a file of torch\.save\(\), which torch\.load")
-    refused((4).to_bytes(8, "little") + b"[  ]", "its header is no JSON object")
-    refused((10**5).to_bytes(8, "little") + b"[" * 10**5, "no ticket, or its header is damaged")
+    refused(b"PK\x03\x04" + bytes(100), r"is not a ticket, but looks like a file for torch\.load\(\)")
+    refused((4).to_bytes(8, "little") + b"[  ]", "not a ticket, or its header is damaged")
+    refused((10**5).to_bytes(8, "little") + b"[" * 10**5, "not a ticket, or its header is damaged")
 
 
-def test_other_safetensors_files_are_no_tickets(path):
+# Written by the first release, which stored a CRC-32 of each tensor after the SHA-256.
+WITH_CRCS = (
+    "c-oCqQEuBX3=Oag><ERv{Sn!+Bj;z^PcIP%1}#ysQAZXexkF(X=*@byNpd=%?E=hzK#=0&d!(uF-*)L+NZVe~g9Hz4OO6ZilNEg{XBb;Qh$r;qN"
+    "S1~;gs~yVhlVIlIqNz}Ygut6p#W9$qT)Gag3+$4QB{%)DuJ^Kv1D8wpw4Mk?payW1C?Bsm>04V9R$;mEL43)>xM~33L1SUdX)2sHb$1O_feaR-"
+    "adM>2@POtP|HDIVpzfGFkYD+9Nv@<8vU$sV|0iz#t+fCg4@aks^2(VdcQ$<RdPVgm5{V3E8dVbrdu?VO)01IdLO@hV$pEDNqNsnLV7SMe9E&2c2"
+    "1&gkeP5Sx!^roy+LQ~yq$%gE#7A5Eof&Zw;}#^9@@R2HFnVVn@QrGkHeFL@c-&S`WN#)z;Oa!<acF1q490^^0CE4(GB4KzutLW*MLi?xRVJI_VB"
+    "UDNwy`DV@S(L+S^GfhdyMU_8AZV<3@cS$-W|ama{+`p2UxE-gdj!XnzJ9&hFPAC9C(N"
+)
+
+
+def test_files_of_the_first_release_are_read_and_checked(path):
+    data = zlib.decompress(base64.b85decode(WITH_CRCS))
+    path.write_bytes(data)
+    expected = {"weight": torch.tensor([[1.0, 2, 0, 4], [0, 0, 0, 8]]), "bias": torch.tensor([0.5, -0.5])}
+    assert_same_bits(read_ticket(path), expected)
+    model = nn.Linear(4, 2)
+    rst = RSTScheduler(model, 0.5, steps=1)
+    rst.load_state_dict(load_ticket(path, model))
+    assert_same_bits(model, expected)
+    assert (rst.seed, rst.phase) == (7, "finetune")
+    assert torch.equal(rst.masks["weight"], model.weight != 0)
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(ValueError):
+            read_ticket(path)
+
+
+def test_other_safetensors_files_are_refused(path):
     from safetensors.torch import save_file
 
     for metadata in (None, {"format": "pt"}):
         save_file({"weight": torch.ones(3)}, path, metadata)
-        with pytest.raises(ValueError, match="is a safetensors file, but no ticket of torch_dual_ticket"):
+        with pytest.raises(ValueError, match="is a safetensors file, but not a ticket of torch_dual_ticket"):
             read_ticket(path)
 
 
@@ -740,18 +768,18 @@ def test_other_safetensors_files_are_no_tickets(path):
         (lambda d, t: t.update(more=torch.ones(1)), "more is stored but not described"),
     ],
 )
-def test_a_file_that_was_sealed_but_makes_no_sense_is_refused(change, message, sealed, path):
-    path.write_bytes(sealed[0])
-    tensors, description = sealed_file.read(path)
+def test_a_valid_checksum_over_inconsistent_contents_is_refused(change, message, saved, path):
+    path.write_bytes(saved[0])
+    tensors, description = checksum.read(path)
     del description["seal"]
     change(description, tensors)
-    sealed_file.write(path, {name: tensor.clone() for name, tensor in tensors.items()}, description)
-    with pytest.raises(ValueError, match="is no ticket that this release can read") as error:
+    checksum.write(path, {name: tensor.clone() for name, tensor in tensors.items()}, description)
+    with pytest.raises(ValueError, match="is not a ticket that this release can read") as error:
         read_ticket(path)
     assert message in str(error.value)
 
 
-def test_a_foreign_default_device_changes_nothing(tmp_path):
+def test_the_default_device_does_not_matter(tmp_path):
     """As ``torch.set_default_device("cuda")`` makes new tensors elsewhere; nothing can be read from "meta"."""
     model = make(mlp)
     with torch.device("meta"):
@@ -775,7 +803,7 @@ import sys
 sys.modules["safetensors"] = None
 import torch_dual_ticket.export
 assert not any(name.startswith("safetensors.") for name in sys.modules)
-for call in (torch_dual_ticket.export.read_ticket, lambda path: torch_dual_ticket.sealed_file.write(path, {}, {})):
+for call in (torch_dual_ticket.export.read_ticket, lambda path: torch_dual_ticket.export.checksum.write(path, {}, {})):
     try:
         call("ticket")
     except ImportError as error:
@@ -785,5 +813,5 @@ for call in (torch_dual_ticket.export.read_ticket, lambda path: torch_dual_ticke
 """
 
 
-def test_importing_needs_no_safetensors_and_using_says_how_to_get_it():
+def test_only_calls_need_safetensors_and_say_how_to_install_it():
     subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], check=True)

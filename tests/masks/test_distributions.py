@@ -49,7 +49,7 @@ def test_out_of_range(value):
 
 
 @pytest.mark.parametrize("value", [True, False, None, "0.9", 1j, [0.9]])
-def test_no_number(value):
+def test_other_types_are_refused(value):
     with pytest.raises(TypeError, match=r"must be a number in \[0, 1\), got .*\(a "):
         validate_sparsity(value)
 
@@ -90,9 +90,9 @@ def test_a_tied_weight_answers_to_each_of_its_layers():
 
 def test_patterns_without_a_layer_are_refused_with_close_names():
     names = [*RESNET_LIKE]
-    with pytest.raises(ValueError, match=r"pattern 'layr3.0' matches no layer; close names: 'layer3.0'"):
+    with pytest.raises(ValueError, match=r"pattern 'layr3.0' matches no module; close names: 'layer3.0'"):
         by_name(one_layer_each(*names), {"layer1.*": 0.5, "layr3.0": 0.9})
-    with pytest.raises(ValueError, match=r"exclude pattern 'zzz' matches no layer; there are: 'conv1', .*, …$"):
+    with pytest.raises(ValueError, match=r"exclude pattern 'zzz' matches no module; there are: 'conv1', .*, …$"):
         require_matches(["zzz"], names, "exclude pattern")
     with pytest.raises(ValueError, match=r"there are: 'a'$"):
         require_matches(["zzz"], ["a"])

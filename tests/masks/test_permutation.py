@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_dual_ticket import permutation
+from torch_dual_ticket.masks import permutation
 from torch_dual_ticket.masks.permutation import ROUNDS, SORTED_BELOW, KeyedPermutation
 
 
@@ -117,7 +117,7 @@ KEYS = 1000
 
 @pytest.fixture(scope="module", params=[0.5, 0.9])
 def masks(request):
-    """Kept entries, centerd, of 1,000 square masks as wide as the permutation's halves, where structure shows most."""
+    """Kept entries, centered, of 1,000 square masks as wide as the permutation's halves, where structure shows most."""
     side = 72
     pruned = round(request.param * side * side)
     ranks = [KeyedPermutation(b"quality %d" % number, side * side).ranks(0, side * side) for number in range(KEYS)]

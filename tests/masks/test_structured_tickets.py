@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, cnn, finalize_quietly, loss_of, mlp, twins
-from reference import ByHand
+from reference import ExplicitLoop
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -16,7 +16,7 @@ from torch_dual_ticket.baselines.magnitude import magnitude_masks
     [("2:4", None), ("1:4", None), ("block:1x4", 0.75), ("block:4x2", 0.5), ("filter", 0.5), ("channel", 0.4)],
 )
 @pytest.mark.parametrize("build", [mlp, cnn], ids=lambda build: build.__name__)
-def test_whole_life_agrees_with_the_loop_by_hand(build, pattern, sparsity):
+def test_whole_life_agrees_with_the_reference_loop(build, pattern, sparsity):
     model, other = twins(build)
     shape = INPUT_SHAPES[build]
     exclude = {mlp: ("4",), cnn: ("0", "3", "8")}[build]  # shapes that the patterns do not divide
@@ -26,22 +26,22 @@ def test_whole_life_agrees_with_the_loop_by_hand(build, pattern, sparsity):
         other[3].load_state_dict(model[3].state_dict())
         exclude = ("0", "8")
     rst = RSTScheduler(model, sparsity, pattern=pattern, steps=40, seed=2, exclude=exclude)
-    by_hand = ByHand(other, rst.masks, steps=40)
+    reference = ExplicitLoop(other, rst.masks, steps=40)
     settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
     optimizer, other_optimizer = (torch.optim.SGD(m.parameters(), **settings) for m in (model, other))
     for index in range(100):
         if index == 50:
             report = finalize_quietly(rst)
-            by_hand.finalize()
+            reference.finalize()
         optimizer.zero_grad()
         loss_of(model, index, shape).backward()
         optimizer.step()
         rst.step()
         other_optimizer.zero_grad()
         loss_of(other, index, shape).backward()
-        by_hand.before_update()
+        reference.before_update()
         other_optimizer.step()
-        by_hand.after_update()
+        reference.after_update()
     assert_same(model, other)
     for layer in report.layers:
         weight = model.get_parameter(layer.name)
@@ -122,7 +122,7 @@ def test_two_of_four_is_what_semi_structured_sparsity_accepts():
     ],
     ids=["the channels of an RGB image", "two layers", "the last cycle"],
 )
-def test_a_mask_that_empties_a_layer_is_not_drawn_without_a_word(settings, message):
+def test_a_mask_that_empties_a_layer_is_warned_of(settings, message):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 40, 3))
     with pytest.warns(UserWarning, match=message) as seen:
         RSTScheduler(model, seed=0, **settings)
@@ -130,7 +130,7 @@ def test_a_mask_that_empties_a_layer_is_not_drawn_without_a_word(settings, messa
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_layer_without_weights_is_not_one_that_was_emptied():
+def test_a_layer_without_weights_does_not_count_as_emptied():
     assert RSTScheduler(nn.Sequential(nn.Linear(6, 8), nn.Linear(0, 4)), 0.5, seed=0).sparsity == 0.5
 
 

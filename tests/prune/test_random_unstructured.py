@@ -139,12 +139,12 @@ def test_impossible_amounts_raise_as_in_torch(amount):
     assert repr(amount).strip("'") in str(raised.value)
 
 
-def test_nan_is_no_amount():
+def test_nan_is_not_an_amount():
     with pytest.raises(ValueError, match=r"amount=nan should either be a float in the range \[0, 1\]"):
         RandomUnstructured(float("nan"))
 
 
-def test_bool_is_no_amount(method):
+def test_bool_is_not_an_amount(method):
     """torch accepts it at first and raises the same type when the mask is drawn."""
     with pytest.raises(TypeError):
         method(True).compute_mask(torch.ones(4), torch.ones(4))
@@ -228,7 +228,7 @@ def test_under_a_stock_method(stock, method):
     assert torch.equal(module.weight, module.weight_orig * module.weight_mask)
 
 
-def test_in_a_container_made_by_hand(method):
+def test_in_a_container_made_manually(method):
     container = prune.PruningContainer()
     container._tensor_name = "weight"
     for amount in (4, 0.5):
@@ -343,7 +343,7 @@ def test_seed_alone_decides():
     assert not torch.equal(random_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.7, seed=12).weight_mask, expected)
 
 
-def test_mask_of_a_seed_is_for_ever():
+def test_mask_of_a_seed_is_stable_across_releases():
     mask = RandomUnstructured(8, seed=0).compute_mask(torch.ones(16), torch.ones(16))
     assert mask.int().tolist() == [1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0]
 
@@ -495,7 +495,7 @@ def test_torch_save_of_the_module_and_of_its_state(method):
 
 
 def test_deepcopy_after_a_forward_without_gradients(method):
-    """The stock layout holds the product of the last forward; it copies when that is no part of a graph."""
+    """The stock layout holds the product of the last forward; it copies when that is not a part of a graph."""
     module = nn.Linear(5, 4)
     method.apply(module, "weight", 0.5)
     with torch.no_grad():

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer, twins
-from reference import ByHand
-from test_contract import train
+from reference import ExplicitLoop
+from scheduled_loop import train
 from torch import nn
 from torch.nn.utils import prune
 
@@ -48,21 +48,21 @@ def test_the_layout_is_torchs(build, by):
 
 
 @pytest.mark.parametrize("build", [mlp, cnn], ids=lambda build: build.__name__)
-def test_the_same_optimizer_goes_on_and_agrees_with_the_loop_by_hand(build):
+def test_the_same_optimizer_goes_on_and_agrees_with_the_explicit_loop(build):
     model, other = twins(build)
     rst = RSTScheduler(model, 0.7, steps=8, seed=0)
-    by_hand = ByHand(other, rst.masks, steps=8)
+    explicit = ExplicitLoop(other, rst.masks, steps=8)
     mine, theirs = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2) for m in (model, other))
     for index in range(24):
         if index == 12:
             finalize_quietly(rst, layout="prune")
-            by_hand.finalize()
+            explicit.finalize()
         train(model, mine, rst, 1, INPUT_SHAPES[build], start=index)
         theirs.zero_grad()
         loss_of(other, index, INPUT_SHAPES[build]).backward()
-        by_hand.before_update()
+        explicit.before_update()
         theirs.step()
-        by_hand.after_update()
+        explicit.after_update()
     x = torch.ones(2, *INPUT_SHAPES[build], dtype=torch.float64)
     assert torch.allclose(model(x), other(x), rtol=1e-11, atol=1e-13)
     for name, kept in rst.masks.items():
@@ -142,7 +142,7 @@ def test_several_parameters_of_one_module():
         assert torch.equal(getattr(lstm, name) != 0, kept)
 
 
-def test_one_layer_that_cannot_be_carried_stops_all():
+def test_one_layer_that_the_layout_cannot_represent_stops_all():
     model = make(mlp)
     nn.utils.parametrizations.weight_norm(model[4])
     rst = RSTScheduler(model, 0.5, steps=4, seed=0)
@@ -202,7 +202,7 @@ def with_a_forward_of_the_object():
 
 @pytest.mark.parametrize("build", [with_a_layer_registered_twice, with_a_forward_of_the_object])
 def test_layers_of_unusual_models(build):
-    """One parameter in one layer, whatever leads to it, and a forward that is called: torch's layout can carry that."""
+    """One parameter in one layer with a forward that is called, whatever leads to it: torch's layout allows that."""
     model = build()
     rst = RSTScheduler(model, 0.5, steps=2, targets=[(nn.Module, "weight")])
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()

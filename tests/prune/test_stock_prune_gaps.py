@@ -290,7 +290,7 @@ def test_weight_norm_and_spectral_norm(reparametrize):
 
 @needs_fsdp2
 def test_parameters_that_are_sharded():
-    """In a world of one rank; with several, stock pruning is no better."""
+    """In a world of one rank; with several, stock pruning fails as well."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -320,7 +320,7 @@ def test_a_failed_call_leaves_the_layer_as_it_was():
 
     layer = linear()
     rst = ours(layer)
-    with pytest.raises(RuntimeError, match="held by an RSTScheduler"):
+    with pytest.raises(RuntimeError, match="managed by an RSTScheduler"):
         prune.random_unstructured(layer, "weight", 3)
     assert prune.is_pruned(layer)
     assert_sparse(layer, rst)

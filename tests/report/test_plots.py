@@ -1,4 +1,4 @@
-"""The pictures: they show the numbers, nothing overlaps or is cut off, and pyplot is left alone."""
+"""The plots: they show the numbers, nothing overlaps or is cut off, and pyplot is not used."""
 
 import itertools
 import subprocess
@@ -24,7 +24,7 @@ def recorded(updates=12, finalize_at=10, every=1, **arguments):
     return history
 
 
-def labelled(axes):
+def labeled(axes):
     return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
 
 
@@ -42,7 +42,7 @@ def texts(figure):
 
 
 def assert_readable(figure):
-    """No text reaches out of the picture, and no two are on top of each other."""
+    """No text is cut off, and no two overlap."""
     found = texts(figure)
     assert len(found) > 5
     for text, box in found:
@@ -60,11 +60,11 @@ def test_the_curves_are_the_records():
     figure = plot(history)
     penalty, residual, norms = figure.axes
     records = history.records
-    assert penalty.lines[0].get_xydata().tolist() == [[record.tick, record.penalty] for record in records]
+    assert penalty.lines[0].get_xydata().tolist() == [[record.step, record.penalty] for record in records]
     before = [record for record in records if record.phase == "transform"]
-    curves = labelled(residual)
+    curves = labeled(residual)
     whole = curves["all together"]
-    assert whole.get_xydata().tolist() == [[record.tick, record.residual] for record in before]
+    assert whole.get_xydata().tolist() == [[record.step, record.residual] for record in before]
     assert whole.get_linewidth() > curves["each layer"].get_linewidth()
     layers = [[line.get_ydata()[-1] for line in residual.lines if len(line.get_xdata()) == len(before)]]
     last = {layer.name: layer.residual for layer in before[-1].report.layers}
@@ -73,7 +73,7 @@ def test_the_curves_are_the_records():
     assert curves[f"slowest layer: {slowest.removesuffix('.weight')}"].get_ydata()[-1] == last[slowest]
     assert residual.get_yscale() == "log"
     assert curves["finalize() warns above this"].get_ydata()[0] == 0.01
-    curves = labelled(norms)
+    curves = labeled(norms)
     totals = [record.report.total for record in records]
     assert curves["kept weights"].get_ydata().tolist() == [total.kept_norm for total in totals]
     assert curves["masked weights"].get_ydata().tolist() == [total.masked_norm for total in totals]
@@ -96,34 +96,34 @@ def test_the_curves_are_the_records():
     ],
     ids=str,
 )
-def test_it_is_readable(arguments):
+def test_plots_are_readable(arguments):
     figure = plot(recorded(**arguments))
     assert_readable(figure)
     assert all(line.get_marker() == "." for line in figure.axes[0].lines[:1]) or arguments["updates"] >= 30
 
 
-def test_a_history_of_finetuning_alone():
+def test_a_history_of_finetuning_only():
     loop = Loop(make(mlp))
     loop.run(10, finalize_at=10)
     history = History(loop.rst, every=1)
     loop.run(5, history)
     figure = plot(history)
-    assert labelled(figure.axes[1])["all together"].get_ydata().tolist() == [0] * 5
+    assert labeled(figure.axes[1])["all together"].get_ydata().tolist() == [0] * 5
     assert_readable(figure)
 
 
-def test_layers_of_long_names():
+def test_layers_with_long_names():
     model = long_names()
     rst = RSTScheduler(model, 0.9, steps=2)
     history = History(rst, every=1)
     history.record()
     figure = plot(history)
-    slowest = next(label for label in labelled(figure.axes[1]) if label.startswith("slowest"))
+    slowest = next(label for label in labeled(figure.axes[1]) if label.startswith("slowest"))
     assert slowest.startswith("slowest layer: language_model.encoder.layers.")
     assert_readable(figure)
 
 
-def test_nothing_recorded():
+def test_an_empty_history_is_refused():
     with pytest.raises(ValueError, match=r"nothing to plot: call history\.record\(\)"):
         plot(History(Loop(make(mlp)).rst))
 
@@ -147,7 +147,7 @@ def test_a_bar_for_each_layer():
 
 
 def wide_resnet():
-    """Large layers of short names."""
+    """Large layers with short names."""
     with torch.device("meta"):
         return nn.Sequential(*(nn.Conv2d(2048, 2048, 3) for _ in range(60)))
 
@@ -175,7 +175,7 @@ def test_bars_are_readable(build):
 # ---------------------------------------------------------------------- matplotlib
 
 
-def test_pyplot_is_not_touched():
+def test_pyplot_is_not_imported():
     code = """
 import sys, torch, torch_dual_ticket
 from torch_dual_ticket import report

@@ -1,14 +1,15 @@
-"""The table of a model's layers: what it says of tickets and of models without one, and how it fits a terminal."""
+"""The table of a model's layers: its numbers, managed or not, and how it fits a terminal."""
 
 import copy
 import io
+import math
 import sys
 
 import pytest
 import torch
 from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer
 from ranks import everywhere, needs_fsdp2, on_two_ranks
-from test_finalize import norm_share
+from test_history import norms
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -32,7 +33,7 @@ def cells(table):
     return {layer.name: (layer.shape, layer.pattern, layer.kept, layer.size) for layer in table.layers}
 
 
-# ---------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------- its numbers
 
 
 def test_a_ticket_in_transformation():
@@ -48,7 +49,8 @@ def test_a_ticket_in_transformation():
     dense, *held = table.layers
     assert (dense.residual, dense.penalty, dense.sparsity) == (None, None, 0)
     for layer in held:
-        assert layer.residual == pytest.approx(norm_share(model, {layer.name: masks[layer.name]}), rel=1e-9)
+        masked, kept = norms(model, {layer.name: masks[layer.name]})
+        assert layer.residual == pytest.approx(masked / math.hypot(masked, kept), rel=1e-9)
         assert layer.penalty == rst.penalty == 1.0
         assert layer.sparsity == pytest.approx(1 - float(masks[layer.name].double().mean()))
     assert table.residual == pytest.approx(rst.residual(), rel=1e-9)
@@ -60,7 +62,7 @@ def test_a_ticket_in_transformation():
     assert table.sparsity == pytest.approx(1 - table.kept / table.size)
 
 
-def test_a_model_stands_for_its_ticket_also_wrapped_and_within_another():
+def test_a_managed_model_also_wrapped_and_within_another():
     model = make(mlp)
     rst = trained(model)
     expected = summary(rst)
@@ -84,7 +86,7 @@ def test_a_finalized_ticket_and_its_copy():
         assert "λ" not in str(table)
 
 
-def test_zeros_of_a_model_that_no_ticket_holds():
+def test_zeros_of_a_model_that_is_not_managed():
     model = make(mlp)
     rst = trained(model, exclude=["4"])
     finalize_quietly(rst)
@@ -98,10 +100,10 @@ def test_zeros_of_a_model_that_no_ticket_holds():
         "4.weight": ((5, 16), "", 80, 80),
     }
     assert "residual" not in str(table)
-    assert "no ticket holds this model" in str(table)
+    assert "not managed" in str(table)
 
 
-def test_the_layout_of_torchs_own_pruning():
+def test_the_layout_of_torch_prune():
     model = make(mlp)
     rst = trained(model, exclude=["2", "4"])
     finalize_quietly(rst, layout="prune")
@@ -115,7 +117,7 @@ def test_the_layout_of_torchs_own_pruning():
     }
 
 
-def test_masks_that_somebody_chose_and_two_holders_of_one_model():
+def test_explicit_masks_and_two_managers_of_one_model():
     model = make(mlp)
     held = hold(model, {"0.weight": magnitude_masks(model, 0.5)["0.weight"]})
     rst = trained(model, exclude=["0"], pattern="block:5x2", sparsity={"4": 0.25, "2": 0.0})
@@ -123,7 +125,7 @@ def test_masks_that_somebody_chose_and_two_holders_of_one_model():
     assert table == summary(rst)
     assert set(table.phases) == {"transform", "finetune"}
     assert [(layer.name, layer.pattern, layer.kept, layer.penalty) for layer in table.layers] == [
-        ("0.weight", "chosen", 120, None),
+        ("0.weight", "explicit", 120, None),
         ("2.weight", "", 320, None),
         ("4.weight", "block:5x2", 60, 1.0),
     ]
@@ -183,7 +185,7 @@ def test_sharded_layers():
 
 
 @pytest.mark.parametrize("given", [None, 3, {"model": nn.Linear(2, 2)}])
-def test_what_is_no_model_is_refused(given):
+def test_other_objects_than_models_are_refused(given):
     with pytest.raises(TypeError, match=f"takes a torch.nn.Module, or the RSTScheduler.*got {type(given).__name__}"):
         summary(given)
 
@@ -225,13 +227,13 @@ def test_plain_text(monkeypatch):
     rst = RSTScheduler(model, {"1": 0.5, "2": 0.9375}, exclude=["0"], steps=4)
     assert str(summary(rst)) == repr(summary(rst))
     assert str(summary(rst)).splitlines() == [
-        "layer          shape       pattern  sparsity  kept  residual     λ",
-        "0            8×1×3×3             –     dense    72         –     –",
-        "1             10×128  unstructured   50.00 %   640    0.7071  0.25",
-        "2                8×8  unstructured   93.75 %     4    0.9682  0.25",
-        "3 others                               dense    26",
-        "held layers    1,344                 52.08 %   644    0.7217",
-        "whole model    1,442                 48.54 %   742",
+        "layer             shape       pattern  sparsity  kept  residual     λ",
+        "0               8×1×3×3             –     dense    72         –     –",
+        "1                10×128  unstructured   50.00 %   640    0.7071  0.25",
+        "2                   8×8  unstructured   93.75 %     4    0.9682  0.25",
+        "3 others                                  dense    26",
+        "managed layers    1,344                 52.08 %   644    0.7217",
+        "whole model       1,442                 48.54 %   742",
         "transformation: finalize() would give this sparsity, and cut off this residual",
     ]
 
@@ -257,7 +259,7 @@ def test_rich_draws_the_same_cells(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["a notebook", "colors are forced"])
-def test_text_is_text_wherever_it_is_made(where, monkeypatch):
+def test_text_is_plain_in_every_environment(where, monkeypatch):
     console = pytest.importorskip("rich.console")
     model = make(mlp)
     expected = str(summary(model))
@@ -285,8 +287,8 @@ def test_long_names_are_put_in_blocks(drawn_by):
         "language_model.encoder.layers.4",
     ]
     text = " ".join(lines)
-    assert "pattern of every held layer: unstructured" in text
-    assert "λ of every held layer: 0.0001" in text
+    assert "pattern of every managed layer: unstructured" in text
+    assert "λ of every managed layer: 0.0001" in text
 
 
 @pytest.mark.parametrize("width", [1, 40, 70, 79, 80, 120, 200])
@@ -301,7 +303,7 @@ def test_every_layer_is_there_at_every_width(width, drawn_by, monkeypatch):
     assert text.count("3,277") == 10
 
 
-def test_names_are_no_markup(drawn_by):
+def test_names_are_not_read_as_markup(drawn_by):
     model = nn.ModuleDict({"[bold]x[": nn.Linear(2, 2), ":smile:": nn.Linear(2, 2)})
     text = str(summary(model))
     assert "[bold]x[" in text

@@ -77,8 +77,13 @@ NOT_MINE = "the state belongs to other masks: {}.*Build the scheduler as the sav
 
 # id: the life so far, the call, the type of the error, and what its message must have
 CALLS = {
-    "finalize-at-once": (begin, lambda rst: rst.finalize(), RuntimeError, "no update ever carried .*rst.apply_penalty"),
-    "finalize-removed": (removed, lambda rst: rst.finalize(), RuntimeError, "holds no layer.*Build a new RSTScheduler"),
+    "finalize-at-once": (begin, lambda rst: rst.finalize(), RuntimeError, "no update ever applied .*rst.apply_penalty"),
+    "finalize-removed": (
+        removed,
+        lambda rst: rst.finalize(),
+        RuntimeError,
+        "manages no layer.*Build a new RSTScheduler",
+    ),
     "finalize-layout": (
         underway,
         lambda rst: rst.finalize(layout="csr"),

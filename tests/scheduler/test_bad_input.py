@@ -91,7 +91,7 @@ def weight_normed_as_a_whole() -> nn.Module:
     return named(first=nn.Linear(6, 8), head=parametrizations.weight_norm(nn.Linear(1, 8), dim=None))
 
 
-def held() -> nn.Module:
+def managed() -> nn.Module:
     model = plain()
     model.first.scheduler = RSTScheduler(model.body, 0.5, seed=0)  # kept alive, and not by a cycle
     return model
@@ -126,7 +126,7 @@ CONSTRUCTIONS = {
     ),
     "sparsity-mapping-empty": (plain, {"sparsity": {}}, ValueError, "nothing to prune: sparsity={}"),
     "sparsity-mapping-zeros": (plain, {"sparsity": {"*": 0.0}}, ValueError, "nothing to prune: sparsity={'[*]': 0.0}"),
-    "sparsity-mapping-typo": (plain, {"sparsity": {"haed": 0.5}}, ValueError, "'haed' matches no layer; .*'head'"),
+    "sparsity-mapping-typo": (plain, {"sparsity": {"haed": 0.5}}, ValueError, "'haed' matches no module; .*'head'"),
     "sparsity-mapping-key": (plain, {"sparsity": {3: 0.5}}, TypeError, "pattern must be a string .* got 3"),
     "sparsity-mapping-value": (plain, {"sparsity": {"first": 1.5}}, ValueError, r"'first' must .*\[0, 1\), got 1.5"),
     "sparsity-mapping-bool": (plain, {"sparsity": {"first": True}}, TypeError, r"'first' must .*\[0, 1\), got True"),
@@ -197,7 +197,12 @@ CONSTRUCTIONS = {
     "exclude-text": (plain, {"exclude": "head"}, TypeError, EXCLUDE + ".* got 'head'"),
     "exclude-none": (plain, {"exclude": None}, TypeError, EXCLUDE + ".* got None"),
     "exclude-number": (plain, {"exclude": [3]}, TypeError, EXCLUDE + r".* got \[3\]"),
-    "exclude-typo": (plain, {"exclude": ["head", "fisrt"]}, ValueError, "'fisrt' matches no module.* 'first', 'body'"),
+    "exclude-typo": (
+        plain,
+        {"exclude": ["head", "fisrt"]},
+        ValueError,
+        "'fisrt' matches no module; close names: 'first'",
+    ),
     "exclude-everything": (plain, {"exclude": ["*"]}, ValueError, r"nothing to prune: .*exclude=\['\*'\]"),
     "seed-float": (plain, {"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
     "seed-bool": (plain, {"seed": True}, TypeError, "seed must be an integer, got the bool True"),
@@ -254,7 +259,12 @@ CONSTRUCTIONS = {
         "head.parametrizations.weight.original1 is the direction of a weight_norm.* Choose a lower sparsity",
     ),
     "weight-norm-emptied": (weight_normed_as_a_whole, {"sparsity": 0.99}, ValueError, r"exclude=\['head'\]"),
-    "held": (held, {}, ValueError, r"body.0.weight is held by another RSTScheduler. Call remove\(\) on that one first"),
+    "managed": (
+        managed,
+        {},
+        ValueError,
+        r"body.0.weight is managed by another RSTScheduler. Call remove\(\) on that one first",
+    ),
 }
 
 

@@ -1,24 +1,14 @@
-"""What a scheduler promises in a loop of one process: λ, ticks and phases."""
+"""What a scheduler promises in a loop of one process: λ, scheduler steps and phases."""
 
 import math
 
 import pytest
 import torch
-from models import finalize_quietly, loss_of, make, mlp, transformer
+from models import finalize_quietly, make, mlp, transformer
+from scheduled_loop import shrinking, train, update
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
-
-
-def shrinking(count: int = 40) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A layer whose loss has no gradient: with a learning rate of 1, update k multiplies masked weights by 1 - λ_k."""
-    layer = make(lambda: nn.Linear(count, 1, bias=False))
-    return layer, torch.optim.SGD(layer.parameters(), lr=1.0)
-
-
-def update(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    layer.weight.grad = torch.zeros_like(layer.weight)
-    optimizer.step()
 
 
 def measured_penalty(layer, optimizer, kept) -> float:
@@ -29,14 +19,6 @@ def measured_penalty(layer, optimizer, kept) -> float:
     assert (ratio[kept] == 1).all()
     assert torch.allclose(ratio[~kept], ratio[~kept][0].expand(int((~kept).sum())), rtol=1e-12)
     return 1 - float(ratio[~kept][0])
-
-
-def train(model, optimizer, rst, updates, shape, start=0):
-    for index in range(start, start + updates):
-        optimizer.zero_grad()
-        loss_of(model, index, shape).backward()
-        optimizer.step()
-        rst.step()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +32,7 @@ def train(model, optimizer, rst, updates, shape, start=0):
     ],
     ids=["linear", "quadratic", "cubic", "function", "constant"],
 )
-def test_update_k_carries_lambda_k(schedule, formula):
+def test_update_k_applies_lambda_k(schedule, formula):
     layer, optimizer = shrinking()
     rst = RSTScheduler(layer, 0.5, steps=8, hold=3, max_penalty=0.6, schedule=schedule, seed=0)
     kept = rst.masks["weight"]
@@ -66,27 +48,27 @@ def test_update_k_carries_lambda_k(schedule, formula):
     assert (rst.penalty, rst.progress, rst.done, rst.phase) == (0, 1, True, "finetune")
 
 
-@pytest.mark.parametrize("place", ["after the update", "before the update", "before backward"])
-def test_where_step_stands_in_the_loop_does_not_matter(place):
+@pytest.mark.parametrize("position", ["after the update", "before the update", "before backward"])
+def test_where_step_stands_in_the_loop_does_not_matter(position):
     layer, optimizer = shrinking()
     rst = RSTScheduler(layer, 0.5, steps=8, seed=0)
     kept = rst.masks["weight"]
-    carried = []
+    applied = []
     for _ in range(6):
-        if place == "before backward":
+        if position == "before backward":
             rst.step()
         layer.weight.grad = torch.zeros_like(layer.weight)
-        if place == "before the update":
+        if position == "before the update":
             rst.step()
         before = layer.weight.detach().clone()
         optimizer.step()
-        carried.append(1 - float((layer.weight.detach() / before)[~kept][0]))
-        if place == "after the update":
+        applied.append(1 - float((layer.weight.detach() / before)[~kept][0]))
+        if position == "after the update":
             rst.step()
-    assert carried == pytest.approx([k / 8 for k in range(1, 7)])
+    assert applied == pytest.approx([k / 8 for k in range(1, 7)])
 
 
-def test_updates_between_two_ticks_carry_the_same_penalty():
+def test_updates_between_two_scheduler_steps_apply_the_same_penalty():
     layer, optimizer = shrinking()
     rst = RSTScheduler(layer, 0.5, steps=8, seed=0)
     kept = rst.masks["weight"]
@@ -96,7 +78,7 @@ def test_updates_between_two_ticks_carry_the_same_penalty():
         assert rst.progress == k / 8
 
 
-def test_a_tick_without_an_update_does_not_count():
+def test_a_scheduler_step_without_an_update_does_not_count():
     layer, optimizer = shrinking()
     rst = RSTScheduler(layer, 0.5, steps=8, seed=0)
     rst.step()
@@ -106,7 +88,7 @@ def test_a_tick_without_an_update_does_not_count():
     rst.step()
     assert (rst.progress, rst.penalty) == (1 / 8, 2 / 8)
     layer.weight.grad = None
-    optimizer.step()  # nothing to update, so nothing carried the penalty
+    optimizer.step()  # nothing to update, so nothing applied the penalty
     rst.step()
     assert rst.progress == 1 / 8
 
@@ -139,12 +121,12 @@ def test_repr_says_where_it_is_on_one_screen(build, cycles):
     assert "\n" not in text
     layers = sum(isinstance(layer, nn.Linear) for layer in model.modules())
     reached = rst.sparsity
-    for part in ("transform", f"0% of {4 * cycles} ticks", "λ=0.5", f"{layers} layers at {reached:.2%}", "seed=7"):
+    for part in ("transform", f"0% of {4 * cycles} ", "λ=0.5", f"{layers} layers at {reached:.2%}", "seed=7"):
         assert part in text
     assert ("cycle 1 of 3" in text) is (cycles == 3)
 
 
-def test_the_given_optimizer_alone_carries_the_penalty():
+def test_the_given_optimizer_alone_applies_the_penalty():
     layer, optimizer = shrinking()
     other = torch.optim.SGD(layer.parameters(), lr=1.0)
     rst = RSTScheduler(layer, 0.5, steps=8, seed=0, optimizer=optimizer)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, mlp, transformer, twins
-from reference import ByHand
+from reference import ExplicitLoop
 
 from torch_dual_ticket import RSTScheduler
 
@@ -26,7 +26,7 @@ def train(model, optimizer, rst, updates, shape, start=0):
 
 @pytest.mark.parametrize("distribution", ["uniform", "erk"])
 @pytest.mark.parametrize("build", [mlp, transformer], ids=lambda build: build.__name__)
-def test_five_cycles_agree_with_the_loop_by_hand(build, distribution):
+def test_five_cycles_agree_with_the_explicit_loop(build, distribution):
     model, other = twins(build)
     shape = INPUT_SHAPES[build]
     rst = build_scheduler(model, distribution=distribution)
@@ -35,29 +35,29 @@ def test_five_cycles_agree_with_the_loop_by_hand(build, distribution):
     other_optimizer = torch.optim.SGD(other.parameters(), **settings)
     index = 0
     for cycle in range(CYCLES):
-        by_hand = ByHand(other, rst.masks, steps=STEPS)
+        explicit = ExplicitLoop(other, rst.masks, steps=STEPS)
         for _ in range(STEPS + HOLD):
             assert rst.progress == pytest.approx(index / (CYCLES * (STEPS + HOLD)))
-            assert rst.penalty == by_hand.penalty
+            assert rst.penalty == explicit.penalty
             assert f"cycle {cycle + 1} of {CYCLES}" in repr(rst)
             train(model, optimizer, rst, 1, shape, index)
             other_optimizer.zero_grad()
             loss_of(other, index, shape).backward()
-            by_hand.before_update()
+            explicit.before_update()
             other_optimizer.step()
-            by_hand.after_update()
+            explicit.after_update()
             index += 1
         assert_same(model, other)
     assert rst.done
     finalize_quietly(rst)
-    by_hand.finalize()
+    explicit.finalize()
     for _ in range(20):
         train(model, optimizer, rst, 1, shape, index)
         other_optimizer.zero_grad()
         loss_of(other, index, shape).backward()
-        by_hand.before_update()
+        explicit.before_update()
         other_optimizer.step()
-        by_hand.after_update()
+        explicit.after_update()
         index += 1
     assert_same(model, other)
 

@@ -1,4 +1,4 @@
-"""The end of the transformation: the report, its warning, exact zeros that stay, and letting go of them."""
+"""The end of the transformation: the report, its warning, exact zeros that stay, and their release."""
 
 import math
 import re
@@ -7,19 +7,12 @@ import pytest
 import torch
 from lives import is_plus_zero
 from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, transformer, wide
-from test_contract import shrinking, train, update
+from scheduled_loop import norm_share, shrinking, train, update
 from torch import nn
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine.holds import Hold
 from torch_dual_ticket.baselines import random_ticket
-
-
-@torch.no_grad()
-def norm_share(model, masks) -> float:
-    masked = sum(float((model.get_parameter(name) * ~kept).square().sum()) for name, kept in masks.items())
-    return math.sqrt(masked / sum(float(model.get_parameter(name).square().sum()) for name in masks))
 
 
 @pytest.mark.parametrize("build", [cnn, wide], ids=lambda build: build.__name__)
@@ -192,16 +185,16 @@ def test_apply_masks_zeroes_another_model():
 
 
 @pytest.mark.parametrize(
-    ("ticks", "advice"), [(0, r"rst\.step\(\) was never called"), (3, "after 3 of 8 ticks, with λ at 0.375")]
+    ("scheduler_steps", "advice"), [(0, r"rst\.step\(\) was never called"), (3, "after 3 of 8 .*, with λ at 0.375")]
 )
-def test_an_unfinished_schedule_is_named_as_the_reason(ticks, advice):
+def test_an_unfinished_schedule_is_named_as_the_reason(scheduler_steps, advice):
     model = make(mlp)
     rst = RSTScheduler(model, 0.7, steps=8, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for index in range(max(1, ticks)):
+    for index in range(max(1, scheduler_steps)):
         loss_of(model, index, INPUT_SHAPES[mlp]).backward()
         optimizer.step()
-        if ticks:
+        if scheduler_steps:
             rst.step()
     with pytest.warns(UserWarning, match=f"of the norm when they were set to zero.*{advice}"):
         rst.finalize()
@@ -209,7 +202,7 @@ def test_an_unfinished_schedule_is_named_as_the_reason(ticks, advice):
 
 @pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
 def test_an_evaluation_in_inference_mode_before_training_spoils_nothing(build):
-    """It draws the masks, which are turned about in place later."""
+    """It draws the masks, which are inverted in place later."""
     model = make(build)
     rst = RSTScheduler(model, 0.7, steps=4, seed=0)
     with torch.inference_mode():
@@ -260,38 +253,3 @@ def test_zeros_stay_under_an_optimizer_that_writes_to_data_and_frees_gradients(b
         train(model, optimizer, rst, 1, INPUT_SHAPES[build], start=index)
         for name, kept in rst.masks.items():
             assert is_plus_zero(model.get_parameter(name).detach()[~kept])
-
-
-@pytest.mark.filterwarnings("ignore:finalize\\(\\) in cycle", "ignore:the masked weights still held")
-@pytest.mark.parametrize("how", ["finalize", "load_state_dict"])
-def test_an_interruption_leaves_the_transformation(how, monkeypatch):
-    """Some layers are zeroed by then; all of them are still penalized, and none is taken for what it is not."""
-    model = make(mlp)
-    rst = RSTScheduler(model, 0.5, steps=4, cycles=2, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    train(model, optimizer, rst, 2, INPUT_SHAPES[mlp])
-    finished = rst.state_dict() | {"phase": "finetune", "ticks": 8, "seed": rst.seed}
-    masks, state = dict(rst.masks), rst.state_dict()
-    activate, count = Hold.activate, []
-
-    def interrupted(hold):
-        count.append(hold)
-        if len(count) == 2:
-            raise KeyboardInterrupt
-        activate(hold)
-
-    monkeypatch.setattr(Hold, "activate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        rst.finalize() if how == "finalize" else rst.load_state_dict(finished)
-    monkeypatch.undo()
-    assert (rst.phase, rst.penalty) == ("transform", 0.75)
-    assert rst.state_dict() == state
-    assert all(torch.equal(kept, masks[name]) for name, kept in rst.masks.items())
-    train(model, optimizer, rst, 2, INPUT_SHAPES[mlp])
-    for name, kept in masks.items():
-        assert bool((model.get_parameter(name)[kept] != 0).all())
-    report = finalize_quietly(rst)
-    assert len(report.layers) == len(masks)
-    train(model, optimizer, rst, 2, INPUT_SHAPES[mlp])
-    for name, kept in rst.masks.items():
-        assert torch.equal(model.get_parameter(name) != 0, kept)

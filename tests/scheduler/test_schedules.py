@@ -8,12 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_dual_ticket._rst.schedule import SCHEDULES, cubic, linear, quadratic, resolve
+from torch_dual_ticket._rst.schedule import SCHEDULES, resolve
 
 
 @given(st.floats(0, 1))
 def test_powers(progress):
-    assert [f(progress) for f in (linear, quadratic, cubic)] == [progress, progress**2, progress**3]
     for name, power in (("linear", 1), ("quadratic", 2), ("cubic", 3)):
         assert resolve(name)(progress) == progress**power
 
@@ -60,7 +59,7 @@ def test_results_that_are_not_finite_are_refused(value):
 
 
 @pytest.mark.parametrize("value", [None, True, "0.5", 1j, torch.tensor(0.5)], ids=repr)
-def test_results_that_are_no_number_are_refused(value):
+def test_results_that_are_not_numbers_are_refused(value):
     with pytest.raises(TypeError, match=r"at progress 0.5; it must return a finite float"):
         resolve(lambda progress: value)(0.5)
 

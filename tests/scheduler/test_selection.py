@@ -86,7 +86,7 @@ def test_names_are_those_of_the_unwrapped_model(wrap, level):
     assert all(torch.equal(kept, plain.masks[name]) for name, kept in rst.masks.items())
 
 
-class ParallelOfOnesOwn(nn.DataParallel): ...
+class CustomParallel(nn.DataParallel): ...
 
 
 class SomethingElse(nn.Sequential): ...
@@ -96,8 +96,8 @@ SomethingElse.__name__ = "DataParallel"
 
 
 def test_wrappers_are_known_by_their_class_and_by_what_they_hold():
-    """One that is derived from a wrapper is one; one that has only the name of a wrapper is none."""
-    assert list(RSTScheduler(ParallelOfOnesOwn(make(mlp)), 0.5).masks) == ["0.weight", "2.weight", "4.weight"]
+    """A class derived from a wrapper is a wrapper; a class that only has the name of one is not."""
+    assert list(RSTScheduler(CustomParallel(make(mlp)), 0.5).masks) == ["0.weight", "2.weight", "4.weight"]
     assert list(RSTScheduler(SomethingElse(nn.Linear(4, 4)), 0.5).masks) == ["0.weight"]
 
 
@@ -156,6 +156,6 @@ def test_a_mapping_of_sparsities(sparsity, expected):
     model = Named()
     rst = RSTScheduler(model, sparsity, seed=0)
     assert {name: int((~kept).sum()) for name, kept in rst.masks.items()} == expected
-    held = {name.rpartition(".")[0] for name in expected}
+    managed = {name.rpartition(".")[0] for name in expected}
     for name, layer in model.named_modules():
-        assert bool(layer._forward_pre_hooks) is (name in held)
+        assert bool(layer._forward_pre_hooks) is (name in managed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import INPUT_SHAPES, assert_same, finalize_quietly, loss_of, make, mlp, wide
-from test_contract import train
+from scheduled_loop import train
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -57,7 +57,7 @@ def test_goes_on_where_it_was(saved_at, order):
         assert restarted.finalize().total.pruned == rst.finalize().total.pruned
 
 
-def test_an_update_that_was_not_ticked_yet_is_in_the_state():
+def test_an_update_that_has_no_scheduler_step_yet_is_in_the_state():
     model, optimizer, rst = begin()
     train(model, optimizer, rst, 2, (12,))
     model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
@@ -99,7 +99,7 @@ def test_a_scheduler_without_a_seed_adopts_that_of_the_state():
     assert all(torch.equal(kept, rst.masks[name]) for name, kept in fresh.masks.items())
 
 
-def test_the_adopted_masks_are_those_that_are_penalized_and_held():
+def test_the_adopted_masks_are_those_that_are_penalized_and_enforced():
     model, optimizer, rst = begin()
     train(model, optimizer, rst, 3, (12,))
     state = rst.state_dict()
@@ -114,13 +114,13 @@ def test_the_adopted_masks_are_those_that_are_penalized_and_held():
     assert_same(other, model, tolerance=0)
 
 
-@pytest.mark.parametrize("use", ["tick", "finalize", "tick and finalize"])
+@pytest.mark.parametrize("use", ["step", "finalize", "step and finalize"])
 def test_a_scheduler_in_use_adopts_no_seed(use):
     _, _, rst = begin()
     model, optimizer, other = begin(seed=None)
     loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
     optimizer.step()
-    if "tick" in use:
+    if "step" in use:
         other.step()
     if "finalize" in use:
         finalize_quietly(other)
@@ -130,7 +130,7 @@ def test_a_scheduler_in_use_adopts_no_seed(use):
     assert other.seed == seed
 
 
-def test_one_update_without_a_tick_is_no_use_yet():
+def test_one_update_without_a_scheduler_step_does_not_count_as_use():
     """torch.distributed.checkpoint makes one, to have the state of a new optimizer in place before it loads."""
     _, _, rst = begin()
     model, optimizer, other = begin(seed=None)
@@ -227,7 +227,7 @@ def test_weights_changed_without_a_trace_before_a_second_finalize():
 
 
 def test_back_to_the_beginning():
-    """What was carried before counts no more: the penalty is added anew, also to gradients that have it."""
+    """What was applied before counts no more: the penalty is added anew, also to gradients that have it."""
     model, optimizer, rst = begin()
     start, kept = rst.state_dict(), rst.masks["0.weight"]
     for group in optimizer.param_groups:
@@ -236,7 +236,7 @@ def test_back_to_the_beginning():
     expected = model[0].weight.grad + 2 * rst.penalty * ~kept * model[0].weight
     optimizer.step()
     rst.load_state_dict(start)
-    with pytest.raises(RuntimeError, match="no update ever carried the penalty"):
+    with pytest.raises(RuntimeError, match="no update ever applied the penalty"):
         rst.finalize()
     optimizer.step()
     assert torch.allclose(model[0].weight.grad, expected, rtol=1e-12)
@@ -244,8 +244,8 @@ def test_back_to_the_beginning():
     assert rst.progress == 1 / 6
 
 
-def test_back_between_apply_penalty_and_its_tick():
-    """An update by an optimizer of torch carries the penalty again."""
+def test_back_between_apply_penalty_and_its_scheduler_step():
+    """An update by an optimizer of torch applies the penalty again."""
     model, optimizer, rst = begin()
     start = rst.state_dict()
     loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
@@ -255,8 +255,8 @@ def test_back_between_apply_penalty_and_its_tick():
     assert rst.progress == 1 / 6
 
 
-def test_a_tick_before_weights_are_loaded():
-    """They have changed since it, and no update carried the penalty; nothing was forgotten for all that."""
+def test_a_scheduler_step_before_weights_are_loaded():
+    """They have changed since it, and no update applied the penalty; no call is missing, and nothing is said."""
     model, optimizer, rst = begin()
     rst.step()
     model.load_state_dict(make(mlp, seed=1).state_dict())
@@ -272,7 +272,7 @@ def test_a_finalized_state_needs_layers_to_hold():
     _, rst_of_copy = copy.deepcopy((model, rst))
     finalize_quietly(rst)
     before = rst_of_copy.state_dict()
-    with pytest.raises(RuntimeError, match="holds no layer"):
+    with pytest.raises(RuntimeError, match="manages no layer"):
         rst_of_copy.load_state_dict(rst.state_dict())
     assert rst_of_copy.phase == "transform"
     assert rst_of_copy.state_dict() == before

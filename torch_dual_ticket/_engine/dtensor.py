@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them."""
+"""Sharded parameters: DTensors, as FSDP2 and tensor parallelism make them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """The devices over which a DTensor is spread; None for a tensor that is whole."""
+    """The devices over which a DTensor is sharded; None for a tensor that is whole."""
     return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
-
-
-def is_first_rank_of(tensor: Tensor) -> bool:
-    """Whether this process is the first of those over which a DTensor is spread; True for a tensor that is whole."""
-    mesh = mesh_of(tensor)
-    return mesh is None or not any(mesh.get_coordinate())
-
-
-def is_offloaded(tensor: Tensor) -> bool:
-    """Whether FSDP2 keeps the shard on the CPU, and computes elsewhere."""
-    mesh = mesh_of(tensor)
-    return mesh is not None and tensor.device.type != mesh.device_type
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -49,18 +37,16 @@ def version(tensor: Tensor) -> int:
 
 
 def placed_like(grad: Tensor, parameter: Tensor) -> Tensor:
-    """A DTensor's gradient, spread over the processes as the parameter is; the same object where it already is."""
+    """A DTensor's gradient, sharded as the parameter is; the same object where it already is."""
     sharded: Any = grad
     placements = parameter.placements  # type: ignore[attr-defined]
     return grad if sharded.placements == placements else sharded.redistribute(placements=placements)
 
 
 def placement(tensor: Tensor) -> tuple[Any, ...]:
-    """How the tensor is spread over processes; empty for a tensor that is whole."""
-    if not is_sharded(tensor):
-        return ()
+    """How the tensor is sharded; empty for a tensor that is whole."""
     sharded: Any = tensor
-    return sharded.device_mesh, sharded.placements
+    return (sharded.device_mesh, sharded.placements) if is_sharded(tensor) else ()
 
 
 def local_offset(tensor: Tensor) -> tuple[int, ...] | None:
@@ -69,56 +55,23 @@ def local_offset(tensor: Tensor) -> tuple[int, ...] | None:
         return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    sharded: Any = tensor
-    return compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)[1]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a DTensor, gathered. Collective for a DTensor: every rank must call it."""
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor
-    gathered: Tensor = sharded.full_tensor()
-    return gathered
-
-
-def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every rank has, spread over the processes as the parameter is; the same object if that is whole."""
-    if not is_sharded(parameter):
-        return tensor
-    from torch.distributed.tensor import DTensor
-
-    sharded: Any = parameter
-    size, offset = local(parameter).shape, local_offset(parameter)
-    assert offset is not None
-    part = tensor[tuple(slice(first, first + length) for first, length in zip(offset, size, strict=True))]
-    spread: Tensor = DTensor.from_local(
-        part.to(parameter.device),
-        sharded.device_mesh,
-        sharded.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-    return spread
+    return compute_local_shape_and_global_offset(tensor.shape, *placement(tensor))[1]
 
 
 def sum_over_shards(value: Tensor, tensor: Tensor) -> Tensor:
     """Add up a quantity that each process has computed on its shard of ``tensor``; replicas count once."""
     if not is_sharded(tensor):
         return value
-    sharded: Any = tensor
-    mesh = sharded.device_mesh
+    mesh, placements = placement(tensor)
     total = value.to(mesh.device_type)  # where its process groups can work; the shard may be offloaded
-    for dim, placement in enumerate(sharded.placements):
-        if placement.is_shard():
+    for dim, placed in enumerate(placements):
+        if placed.is_shard():
             dist.all_reduce(total, group=mesh.get_group(dim))
     return total.to(value.device)
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the sharded parameters back in place where FSDP2 has left whole ones, as it does at the root after an eval
-    forward.
+    """Put the sharded parameters back in place where FSDP2 has left whole ones, as at the root after an eval forward.
 
     A change to a whole parameter would be lost at the next gathering.
     """
@@ -129,7 +82,7 @@ def reshard(model: nn.Module) -> None:
 
     # The root may lie above the model: fully_shard leaves no trace of it on the modules whose parameters it manages.
     sharding = [module for module in list(_module_state_mapping) if isinstance(module, fsdp.FSDPModule)]
-    held = set(model.modules()) if sharding else set()
+    managed = set(model.modules()) if sharding else set()
     for module in sharding:
-        if not held.isdisjoint(module.modules()):
+        if not managed.isdisjoint(module.modules()):
             module.reshard()

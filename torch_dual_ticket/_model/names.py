@@ -1,4 +1,4 @@
-"""Names of the unwrapped model: those that parameters had before DDP, torch.compile … put levels of their own in."""
+"""Names of the unwrapped model: those before DDP, torch.compile … added levels to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# Wrappers that add a level to every name, by class name: importing some of the classes would take seconds.
+# Wrappers by class name, with the level that they add to every name. Importing some of the classes would take seconds.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -20,7 +20,7 @@ _WRAPPERS = {
 
 
 def unwrapped_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like ``named_modules(remove_duplicate=False)``, without the levels that DDP, torch.compile … put in."""
+    """Like ``named_modules(remove_duplicate=False)``, without the levels that wrappers add."""
     child = _wrapped_child(model)
     if child is not None:
         yield from unwrapped_modules(model._modules[child], prefix)  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def unwrapped_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 
 def unwrapped_name(model: nn.Module, key: str) -> str:
-    """A key of ``model.state_dict()`` without the levels of wrappers; some wrappers have taken theirs out already."""
+    """A key of ``model.state_dict()`` without the levels of wrappers; some wrappers remove theirs themselves."""
     kept = []
     module: nn.Module | None = model
     for part in key.split("."):
@@ -47,7 +47,7 @@ def unwrapped_name(model: nn.Module, key: str) -> str:
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
-    """The name of the one child of a wrapper; None for other modules."""
+    """The name of a wrapper's only child; None for other modules."""
     for base in type(module).__mro__:
         child = _WRAPPERS.get(base.__name__)
         if child is not None and child in module._modules:
@@ -56,7 +56,7 @@ def _wrapped_child(module: nn.Module) -> str | None:
 
 
 def unwrapped_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Like ``named_parameters(remove_duplicate=False)``, without the levels that wrappers put into the names."""
+    """Like ``named_parameters(remove_duplicate=False)``, without the levels that wrappers add."""
     for prefix, module in unwrapped_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:

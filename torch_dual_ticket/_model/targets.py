@@ -17,9 +17,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .._engine.dtensor import reshard
+from ..masks.distributions import require_matches
 from .names import unwrapped_modules, unwrapped_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     TargetType = type | tuple[type, str]
 
 DEFAULT_TARGETS: tuple[TargetType, ...] = (
@@ -39,15 +42,15 @@ _TARGETS_ARE = (
 
 
 @dataclass
-class Place:
-    """One place in a model where a target parameter stands. A tied parameter has several."""
+class Occurrence:
+    """One (module, name) under which a model has a target parameter. A tied parameter has several."""
 
     layer_name: str
-    layer: nn.Module  # the module that people know, the one with `tensor_name`
+    layer: nn.Module  # the module that users know, the one with `tensor_name`
     tensor_name: str  # the attribute of the layer that its forward uses: "weight"
     owner: nn.Module  # the module that registers the parameter: the layer, or the ParametrizationList under it
     attribute: str  # the parameter's name within the owner: "weight", "weight_v", "original1"
-    direction_dim: int | None = None  # weight_norm only: the dimension along which each slice has a norm of its own
+    direction_dim: int | None = None  # weight_norm only: each slice along this dimension is divided by its norm
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -56,15 +59,15 @@ class Place:
 
 @dataclass
 class Target:
-    """A parameter to prune, and all places where it stands; the first gives it its name."""
+    """A parameter to prune, with all its occurrences; the first gives it its name."""
 
     name: str
-    places: list[Place] = field(default_factory=list)
-    users: list[Place] = field(default_factory=list)  # seen from the modules that use it without calling its layer
+    occurrences: list[Occurrence] = field(default_factory=list)
+    users: list[Occurrence] = field(default_factory=list)  # modules that use the parameter without calling its layer
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.places[0].parameter
+        return self.occurrences[0].parameter
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,15 +75,19 @@ class Target:
 
     @property
     def layer_name(self) -> str:
-        return self.places[0].layer_name
+        return self.occurrences[0].layer_name
+
+    @property
+    def layer_names(self) -> list[str]:
+        return [occurrence.layer_name for occurrence in self.occurrences]
 
     @property
     def transposed(self) -> bool:
-        return isinstance(self.places[0].layer, _ConvTransposeNd)
+        return isinstance(self.occurrences[0].layer, _ConvTransposeNd)
 
     @property
     def grouped(self) -> bool:
-        layer = self.places[0].layer
+        layer = self.occurrences[0].layer
         return isinstance(layer, _ConvNd) and layer.groups > 1
 
 
@@ -101,28 +108,27 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
         raise TypeError(f"{_TARGETS_ARE}; got {types!r}")
     pairs = [_check_type(entry) for entry in types]
     reshard(model)
-    modules = list(unwrapped_modules(model))
-    check_exclusions(exclude, [name for name, _ in modules])
+    modules = dict(unwrapped_modules(model))
+    check_exclusions(exclude, modules)
+    included = {name: layer for name, layer in modules.items() if not is_excluded(name, exclude)}
     for pair in pairs:
-        _check_matches(pair, [(name, layer) for name, layer in modules if not is_excluded(name, exclude)])
+        _check_matches(pair, included)
 
     first_names: dict[int, str] = {}
     for name, parameter in unwrapped_parameters(model):
         first_names.setdefault(id(parameter), name)
     found: dict[int, Target] = {}
-    excluded: set[int] = set()
-    for layer_name, layer in modules:
-        if is_excluded(layer_name, exclude):  # a tied parameter of it may also belong to a layer that is not
-            excluded.update(id(parameter) for parameter in layer._parameters.values() if parameter is not None)
-            continue
+    for layer_name, layer in included.items():
         for tensor_name in _tensor_names(layer, pairs):
-            place = _resolve(layer_name, layer, tensor_name)
-            if isinstance(place, str):
-                raise ValueError(place)
-            key = id(place.parameter)
+            occurrence = _resolve(layer_name, layer, tensor_name)
+            key = id(occurrence.parameter)
             target = found.setdefault(key, Target(first_names[key]))
-            if not any(known.owner is place.owner and known.attribute == place.attribute for known in target.places):
-                target.places.append(place)
+            known = [(other.owner, other.attribute) for other in target.occurrences]
+            if (occurrence.owner, occurrence.attribute) not in known:  # a shared module has several names
+                target.occurrences.append(occurrence)
+    excluded = {  # a parameter of an excluded layer may be tied to one of an included layer
+        id(parameter) for name in modules.keys() - included.keys() for parameter in modules[name]._parameters.values()
+    }
     targets = [found[key] for key in first_names if key in found and key not in excluded]
     if not targets:
         names = ", ".join(t if isinstance(t, str) else getattr(t, "__name__", repr(t)) for t in types)
@@ -132,30 +138,32 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
         )
     for target in targets:
         _check_parameter(target)
-        users = [_user(place, dict(modules)) for place in target.places if not runs_forward(place.layer)]
-        target.users = [user for user in users if user is not None]
+        target.users = [user for occurrence in target.occurrences for user in _users(occurrence, modules)]
     return targets
 
 
 def runs_forward(layer: nn.Module) -> bool:
     """Whether the layer's own forward is called when its parameters are used, as far as its type tells.
 
-    nn.MultiheadAttention uses the parameters of its out_proj, which is of this type, itself; and a ParameterList has no
-    forward at all.
+    nn.MultiheadAttention uses the parameters of its out_proj, which is of this type, without calling it; and a
+    ParameterList has no forward at all.
     """
     has_forward = type(layer).forward is not nn.Module.forward or "forward" in vars(layer)
     return has_forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
-def _user(place: Place, modules: dict[str, nn.Module]) -> Place | None:
-    """The parameter as seen from the next module above that runs its forward."""
-    name = place.layer_name
+def _users(occurrence: Occurrence, modules: dict[str, nn.Module]) -> list[Occurrence]:
+    """Where the layer's own forward is not called: the parameter as the next module above with a forward has it."""
+    name = occurrence.layer_name
+    if runs_forward(occurrence.layer):
+        return []
     while name:
         name = name.rpartition(".")[0]
         if runs_forward(modules[name]):
-            below = place.layer_name[len(name) :].lstrip(".")
-            return Place(name, modules[name], f"{below}.{place.tensor_name}", place.owner, place.attribute)
-    return None
+            below = occurrence.layer_name[len(name) :].lstrip(".")
+            path = f"{below}.{occurrence.tensor_name}"
+            return [Occurrence(name, modules[name], path, occurrence.owner, occurrence.attribute)]
+    return []
 
 
 def check_model(model: nn.Module) -> None:
@@ -177,18 +185,15 @@ def _check_type(entry: TargetType) -> tuple[type, str]:
     return module_type, pattern
 
 
-def check_exclusions(exclude: Sequence[str], names: Sequence[str]) -> None:
+def check_exclusions(exclude: Sequence[str], names: Iterable[str]) -> None:
     """A sequence of patterns, each of which matches one of these modules."""
     if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
         raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            known = ", ".join(map(repr, names[1:9])) + (", …" if len(names) > 9 else "")
-            raise ValueError(f"exclude: the pattern {pattern!r} matches no module. The model has: {known}")
+    require_matches(exclude, names, "exclude: the pattern")
 
 
 def is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:
-    """Whether a pattern matches the module or one that it is in."""
+    """Whether a pattern matches the module or one that contains it."""
     parts = layer_name.split(".")
     lineage = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(fnmatchcase(name, pattern) for name in lineage for pattern in exclude)
@@ -201,10 +206,10 @@ def _tensor_names(layer: nn.Module, pairs: list[tuple[type, str]]) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _check_matches(pair: tuple[type, str], layers: list[tuple[str, nn.Module]]) -> None:
-    """A layer of that type, where there is one, has such a parameter: an LSTM has no `weight` to prune."""
+def _check_matches(pair: tuple[type, str], layers: dict[str, nn.Module]) -> None:
+    """Where there is a layer of that type, one has such a parameter; an LSTM, for example, has no `weight` to prune."""
     module_type, pattern = pair
-    of_type = [(name, layer) for name, layer in layers if isinstance(layer, module_type)]
+    of_type = [(name, layer) for name, layer in layers.items() if isinstance(layer, module_type)]
     if of_type and not any(_tensor_names(layer, [pair]) for _, layer in of_type):
         name, layer = of_type[0]
         names = [tensor_name for tensor_name in _all_tensor_names(layer) if "bias" not in tensor_name]
@@ -227,54 +232,54 @@ def _all_tensor_names(layer: nn.Module) -> list[str]:
     return names
 
 
-def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Place | str:
-    """The leaf parameter behind an attribute of a layer, or why it cannot be pruned."""
-    where = f"{layer_name}.{tensor_name}" if layer_name else tensor_name
+def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Occurrence:
+    """The leaf parameter behind an attribute of a layer; ``ValueError`` says why it cannot be pruned."""
     if tensor_name in layer._parameters:
-        return Place(layer_name, layer, tensor_name, layer, tensor_name)
+        return Occurrence(layer_name, layer, tensor_name, layer, tensor_name)
+    where = f"{layer_name}.{tensor_name}" if layer_name else tensor_name
     if parametrize.is_parametrized(layer, tensor_name):
         chain: Any = layer.parametrizations[tensor_name]  # type: ignore[index]
         if len(chain) == 1 and isinstance(chain[0], parametrizations._WeightNorm):
-            return Place(layer_name, layer, tensor_name, chain, "original1", direction_dim=chain[0].dim)
+            return Occurrence(layer_name, layer, tensor_name, chain, "original1", direction_dim=chain[0].dim)
         if len(chain) == 1 and isinstance(chain[0], parametrizations._SpectralNorm):
-            return Place(layer_name, layer, tensor_name, chain, "original")
+            return Occurrence(layer_name, layer, tensor_name, chain, "original")
         kinds = " and ".join(type(link).__name__ for link in chain)
-        return (
+        raise ValueError(
             f"{where} is parametrized by {kinds}; zeros put into the parameter behind it would not be zeros of"
             f" {tensor_name}. Leave the layer dense with exclude=[{layer_name!r}], or remove the parametrization first."
         )
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == tensor_name:
-            return Place(layer_name, layer, tensor_name, layer, f"{tensor_name}_v", direction_dim=hook.dim)
+            return Occurrence(layer_name, layer, tensor_name, layer, f"{tensor_name}_v", direction_dim=hook.dim)
         if isinstance(hook, SpectralNorm) and hook.name == tensor_name:
-            return Place(layer_name, layer, tensor_name, layer, f"{tensor_name}_orig")
-    return (
+            return Occurrence(layer_name, layer, tensor_name, layer, f"{tensor_name}_orig")
+    raise ValueError(
         f"{where} is already pruned by torch.nn.utils.prune. Make it permanent with prune.remove(module,"
         f" {tensor_name!r}), or leave the layer alone with exclude=[{layer_name!r}]."
     )
 
 
 def _check_parameter(target: Target) -> None:
-    name, layer, parameter = target.name, target.layer_name, target.parameter
+    name, parameter, leave_out = target.name, target.parameter, f"exclude=[{target.layer_name!r}]"
     if is_lazy(parameter):
         raise ValueError(f"{name} has no shape yet: run one forward pass through the lazy module before pruning it")
     if not (parameter.is_floating_point() or parameter.is_complex()):
         raise ValueError(
-            f"{name} has dtype {parameter.dtype}; only floating-point and complex weights can be pruned. "
-            f"Leave the layer out with exclude=[{layer!r}]."
+            f"{name} has dtype {parameter.dtype}; only floating-point and complex weights can be pruned. Leave the"
+            f" layer out with {leave_out}."
         )
     if not parameter.requires_grad:
         raise ValueError(
             f"{name} is frozen (requires_grad is False), so no penalty can move what it knows. Unfreeze it, or leave"
-            f" the layer out with exclude=[{layer!r}]."
+            f" the layer out with {leave_out}."
         )
     if parameter.is_conj():
         raise ValueError(
-            f"{name} is a lazily conjugated view, which cannot be changed in place. Make it a parameter with memory of"
-            " its own: nn.Parameter(weight.resolve_conj())."
+            f"{name} is a lazily conjugated view, which cannot be changed in place. Make it a parameter with its own"
+            " memory: nn.Parameter(weight.resolve_conj())."
         )
     if parameter.layout is not torch.strided:
         raise ValueError(
             f"{name} has layout {parameter.layout}; only dense (strided) weights can be pruned. Leave the layer out"
-            f" with exclude=[{layer!r}]."
+            f" with {leave_out}."
         )

@@ -1,284 +1,166 @@
-"""Early word on a penalty that cannot do its work at the learning rate at hand."""
+"""Early warnings: of a penalty that cannot do its work at the learning rate at hand, and of a missing ``finalize()``.
+
+Nothing here makes the host wait for a device. Where it is not sure, it is silent.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
-from .._engine.dtensor import local
-from .._engine.local_masks import SAMPLE
-from .._engine.readings import Reading
+from .._engine.async_scalar import AsyncScalar
+from .._engine.dtensor import local, local_offset
+from .._engine.optimizer_hooks import held_by
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.optim import Optimizer
 
-    from .._engine.holds import Hold
-    from .._engine.hooks import Held
-    from .._engine.tickets import Ticket
+    from .._engine.batch import Batch
+    from .._engine.ticket import Ticket
+    from ..masks.mask import Mask
     from .schedule import Timeline
 
-_LEFT = 0.05  # of the masked weights: with more, the mask will take away what is still in use
-_OVERDUE = 100  # ticks at the least, and as many as the schedule has
-_LEFT_BY_ESTIMATE = 0.2  # where the estimate may be wrong by a factor of two
+_LEFT = 0.05  # of the masked weights: if more is left, the mask removes what the network still uses
+_OVERDUE = 100  # scheduler steps at least, and as many as the schedule has
+_SAMPLE = 1 << 14  # weights of each parameter that are looked at
+
+
+def _updates_of(ticket: Ticket) -> Iterator[tuple[Optimizer, Batch, int]]:
+    """The optimizers that applied the penalty since the last scheduler step: their targets, and how many updates."""
+    for optimizer, held in held_by(ticket):
+        if updates := ticket.updates.by[id(optimizer)]:
+            yield optimizer, held, updates
 
 
 class Advice:
-    """What ``step()`` says of the optimizers, once, after a tenth of the schedule: on GPUs a little later.
-
-    And of a ``finalize()`` that does not come.
-    """
+    """What ``step()`` says of the optimizers, once, after a tenth of the schedule: on GPUs a little later."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
+        self._time = max(1, min(timeline.total // 10, timeline.per_cycle // 2))  # most warm-ups are over then
         self._messages: list[str] = []
-        self._expected: list[_Sample] = []
-        self._updates: Counter[int] = Counter()  # the most in a tick, which may be an epoch, by id of the optimizer
-        self._first_rates: dict[int, Any] = {}  # learning rates at the first tick that was seen, by id of the group
-        self._looks = 0  # ticks before the advice
-        self._overdue = 0  # ticks
+        self._samples: list[_Sample] = []
+        self._seen = self._overdue = 0  # scheduler steps since construction or restart, and after the schedule's end
 
     def __getstate__(self) -> dict[str, Any]:
-        return Advice(self._timeline).__dict__
+        return Advice(self._timeline).__dict__  # samples on their way from a device cannot be copied
 
-    def look(self, ticket: Ticket, before: int, ticks: int) -> None:
-        """To be called at each tick, with their number before and after, while it is known what carried the penalty."""
-        if before == self._timeline.ticks:
+    def look(self, ticket: Ticket, before: int, after: int) -> None:
+        """Call it at each scheduler step, with their number before and after, while the ticket knows the updates."""
+        if before == self._timeline.total:
             self._overdue += 1
-            if self._overdue == max(_OVERDUE, self._timeline.ticks):
+            if self._overdue == max(_OVERDUE, self._timeline.total):
                 self._messages.append(
-                    f"the schedule has been over for {self._overdue:,} ticks, and nothing is masked yet: call"
+                    f"the schedule has been over for {self._overdue:,} steps, and nothing is masked yet: call"
                     " rst.finalize() when rst.done says so. (For more time at the ceiling there is hold=…)"
                 )
-        if before == ticks or ticks > self._timeline.time_for_advice:
-            return
-        self._looks += 1  # the first tick may be odd: after a restart within an epoch, or a while without ticks
-        self._updates = self._updates | ticket.carriers if self._looks > 2 else Counter(ticket.carriers)
-        if ticks < self._timeline.time_for_advice:
-            for group in (group for members in ticket.members.values() for _, _, group in members.held):
-                self._first_rates.setdefault(id(group), group.get("lr"))
-            return
-        if self._looks == 1 and before:
+        self._seen += before != after
+        # The first scheduler step after a restart may have fewer updates than the others, if each is an epoch.
+        if before == after or after != self._time or (before and self._seen == 1):
             return
         try:
-            penalties = [self._timeline.penalty(tick) for tick in range(self._timeline.ticks_per_cycle)]
-        except Exception:  # of a schedule of the user's own, which step() will let through when it comes to that
+            penalties = [self._timeline.penalty(step) for step in range(self._timeline.per_cycle)]
+        except Exception:  # of a custom schedule: step() raises it when it comes to that point
             return
-        if max(penalties) <= 0:
-            return
-        for optimizer, members in ticket.members.items():
-            if id(optimizer) not in ticket.carriers:
+        for optimizer, held, updates in _updates_of(ticket) if max(penalties) > 0 else ():
+            groups = {id(group): group for group in held.groups}.values()
+            if any(isinstance(group.get("lr"), Tensor) for group in groups):  # reading it might wait for a device
                 continue
-            updates = self._updates[id(optimizer)]
-            if isinstance(optimizer, SGD):
-                for group in {id(group): group for _, _, group in members.held}.values():
-                    if not isinstance(group["lr"], Tensor):  # reading it might wait for a GPU
-                        self._messages += _about_sgd(group, penalties, updates, self._rate_ahead(group))
-            elif isinstance(optimizer, (Adam, AdamW)):
-                rates = [self._rate_ahead(group) for _, _, group in members.held]
-                self._expected += _take_samples(members.held, rates, optimizer, penalties, ticks, updates)
-
-    def _rate_ahead(self, group: Mapping[str, Any]) -> Any:
-        """The highest rate to expect: that at the end of a warm-up, if the rate has been rising, or may have been.
-
-        torch's schedulers leave it in the group, and when they are over it stays there.
-        """
-        rate = group["lr"]
-        first = self._first_rates.get(id(group))
-        if isinstance(rate, Tensor) or (isinstance(first, (int, float)) and rate <= first):
-            return rate
-        named = (group.get(name) for name in ("initial_lr", "max_lr"))
-        return max([rate, *(other for other in named if isinstance(other, (int, float)) and math.isfinite(other))])
+            if type(optimizer) is SGD:  # a subclass may update in another way
+                self._messages += [message for group in groups for message in _about_sgd(group, penalties, updates)]
+            elif type(optimizer) in (Adam, AdamW):
+                self._samples += _take_samples(ticket, held, updates * (len(penalties) - after))
 
     def speak(self) -> None:
-        """Warn of what was seen; to be called when the tick is over."""
+        """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
         messages, self._messages = self._messages, []
-        if self._expected and all(sample.reading.has_arrived() for sample in self._expected):
-            samples, self._expected = self._expected, []
+        if self._samples and all(sample.weights.has_arrived() for sample in self._samples):
+            samples, self._samples = self._samples, []
             messages += _about_adam(samples)
         for message in messages:
             warnings.warn(message, stacklevel=3)
 
 
-def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: int, rate_ahead: float) -> list[str]:
-    """What shrinks a weight under SGD is Σ lr·λ / (1 - momentum); and it diverges where lr·λ is 2·(1 + momentum).
+def _highest_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate now, or the highest that a schedule of torch names in the group: a warm-up rises to it."""
+    rates = (group.get(name) for name in ("lr", "initial_lr", "max_lr"))
+    return max((rate for rate in rates if isinstance(rate, (int, float)) and math.isfinite(rate)), default=0.0)
 
-    Dampening d makes that 2·(1 + momentum) / (1 - d), Nesterov's momentum 2·(1 + momentum) / (1 + 2·momentum): there
-    the update's characteristic polynomial has a root of -1. ``updates`` are those of one tick.
+
+def _about_sgd(group: Mapping[str, Any], penalties: Sequence[float], updates: int) -> list[str]:
+    """A weight shrinks by a factor of exp(-Σ lr·λ / (1 - momentum)), with so many updates for each of the penalties.
+
+    It diverges where lr·λ reaches 2·(1 + momentum), divided by 1 - d under dampening d, by 1 + 2·momentum under
+    Nesterov's momentum: there the update's characteristic polynomial has a root of -1.
     """
-    lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"] if group["momentum"] else 0.0
-    ceiling, taken = max(penalties), 1 + 2 * momentum if group["nesterov"] else 1 - dampening
-    what = f"with lr={lr:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
-    if lr * ceiling * taken >= 2 * (1 + momentum):
-        limit = 2 * (1 + momentum) / taken
+    lr, momentum, ceiling = group["lr"], group["momentum"], max(penalties)
+    dampening = group["dampening"] if momentum else 0.0
+    factor = 1 + 2 * momentum if group["nesterov"] else 1 - dampening
+    if lr * ceiling * factor >= 2 * (1 + momentum):
+        limit = 2 * (1 + momentum) / factor
         return [
-            f"{what}, the masked weights will diverge: lr times penalty must stay below {limit:g}, what this SGD bears."
-            f" Lower max_penalty to less than {limit / lr:.3g}, unless lr falls before the penalty is there."
+            f"with lr={lr:g}, momentum={momentum:g} and a penalty up to {ceiling:g}, the masked weights will diverge:"
+            f" lr times penalty must stay below {limit:g} with this SGD. Lower max_penalty to less than"
+            f" {limit / lr:.3g}, unless lr falls before the penalty is reached."
         ]
-    if momentum >= 1:  # nothing ever comes to an end
+    if momentum >= 1:  # nothing comes to rest, so the formula does not hold
         return []
-    what = f"with lr={rate_ahead:g}, momentum={momentum:g} and a penalty up to {ceiling:g}"
-    shrinks_by = updates * rate_ahead * sum(penalties) * (1 - dampening) / (1 - momentum)
-    if 0 < shrinks_by < -math.log(_LEFT):
-        return [
-            f"{what}, {updates * len(penalties):,} updates will leave about {math.exp(-shrinks_by):.0%} of the masked"
-            " weights, and finalize() will take that away. Make steps, hold, max_penalty or lr larger, together"
-            f" {-math.log(_LEFT) / shrinks_by:.2g} times."
-        ]
-    return []
+    rate = _highest_rate(group)
+    exponent = updates * rate * sum(penalties) * (1 - dampening) / (1 - momentum)
+    if not 0 < exponent < -math.log(_LEFT):
+        return []
+    return [
+        f"with lr={rate:g}, momentum={momentum:g} and a penalty up to {ceiling:g}, {updates * len(penalties):,} updates"
+        f" will leave about {math.exp(-exponent):.0%} of the masked weights, and finalize() will remove that. Make"
+        f" steps, hold, max_penalty or lr larger, together {-math.log(_LEFT) / exponent:.2g} times."
+    ]
 
 
-def _about_adam(samples: Sequence[_Sample]) -> list[str]:
-    """What holds for Adam, which divides by the size of the gradient, the penalty's part included.
+class _Sample(NamedTuple):
+    """The first rows of a parameter under Adam, as magnitudes, on their way to the host."""
 
-    A weight moves by about lr in an update, whatever λ is; and it comes to rest where the penalty's gradient is as
-    large as that of the loss, and shakes there.
-    """
-
-    def share(part: str) -> float:
-        """Of the size that the masked weights had, over all layers."""
-        left = sum(sample.size * getattr(sample, part) ** 2 for sample in samples)
-        return math.sqrt(left / (sum(sample.size * sample.original**2 for sample in samples) or 1.0))
-
-    first, balanced, shaken = samples[0], share("balanced"), share("shaken")
-    if (left := share("out_of_reach")) > _LEFT:
-        times = max(sample.largest / sample.reach for sample in samples)
-        return [
-            f"with lr={first.rate_ahead:g}, {first.updates:,} more updates will leave {left:.0%} of the masked weights"
-            " or more, and finalize() will take that away: Adam moves a weight by about lr in an update, whatever the"
-            f" penalty. Make steps, hold or lr larger, together {times:.2g} times."
-        ]
-    if (left := math.hypot(balanced, shaken)) > _LEFT_BY_ESTIMATE:
-        times = max(balanced / _LEFT, (shaken / _LEFT) ** 2)
-        return [
-            "the masked weights come to rest where the penalty balances the gradients of the loss: with a penalty up to"
-            f" {first.ceiling:g} and gradients as they were, at about {left:.0%} of their size. finalize() will take"
-            f" that away. Make max_penalty {times:.2g} times larger."
-        ]
-    return []
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Some of one parameter's masked weights under Adam, with the statistics of its gradients."""
-
-    size: int  # masked weights of the parameter
-    lr: float
-    rate_ahead: float
-    updates: int  # that are left for the transformation
-    ceiling: float  # of λ and the optimizer's own weight decay, where that is in the gradients as well
-    noise_in_mean: float  # the share of the noise's variance that is left in Adam's mean of the gradients
-    reading: Reading
-
-    @property
-    def reach(self) -> float:
-        """How far a weight can move towards zero."""
-        return self.rate_ahead * self.updates
-
-    @property
-    def _means(self) -> list[float]:
-        return [float(value) for value in self.reading.values]
-
-    @property
-    def original(self) -> float:
-        """The rms that the masked weights had, by that of the weights that stay."""
-        return math.sqrt(max(self._means[0], self._means[1]))
-
-    @property
-    def largest(self) -> float:
-        return self._means[5]
-
-    @property
-    def out_of_reach(self) -> float:
-        """The rms of what is left where each weight moves towards zero as far as it has to."""
-        return math.sqrt(self._means[2])
-
-    @property
-    def balanced(self) -> float:
-        """The size at which λ·w is as large as the gradients of the loss on average."""
-        pull = max(0.0, self._means[3] - self.noise_in_mean * self._means[4])
-        return min(math.sqrt(pull) / self.ceiling, self.original)
-
-    @property
-    def shaken(self) -> float:
-        """The size that random gradients give a weight, by updates of lr·g/σ against lr·λ·w/σ."""
-        return min(math.sqrt(self.lr * math.sqrt(self._means[4]) / (2 * self.ceiling)), self.original)
+    weights: AsyncScalar
+    mask: Mask
+    offset: tuple[int, ...]
+    rate: float
+    updates: int  # that are left in the cycle
 
 
 @torch.no_grad()
-def _take_samples(
-    held: Held,
-    rates_ahead: Sequence[Any],
-    optimizer: Optimizer,
-    penalties: Sequence[float],
-    ticks: int,
-    updates_per_tick: int,
-) -> list[_Sample]:
-    """Nothing waits for a device here."""
+def _take_samples(ticket: Ticket, held: Batch, updates: int) -> list[_Sample]:
     samples = []
-    updates = updates_per_tick * (len(penalties) - ticks)
-    for (hold, parameter, group), rate_ahead in zip(held, rates_ahead, strict=True):
-        state, lr, betas = optimizer.state.get(parameter, {}), group["lr"], group["betas"]
-        if any(isinstance(number, Tensor) for number in (lr, *betas)) or not _is_known(local(parameter), state):
-            continue
-        is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-        decay = 0.0 if is_decoupled else group["weight_decay"]
-        if rate_ahead > 0 and updates > 0:
-            reach = rate_ahead * updates
-            statistics = _statistics(hold, parameter, state, betas, penalties[ticks - 1] + decay, reach)
-            noise_in_mean = (1 - betas[0]) / (1 + betas[0])
-            facts = (hold.mask.pruned_weights, lr, rate_ahead, updates, max(penalties) + decay, noise_in_mean)
-            samples.append(_Sample(*facts, Reading(statistics)))
+    for (managed, parameter), group in zip(held, held.groups, strict=True):
+        weight, rate = local(parameter), _highest_rate(group)
+        if weight.device.type in ("cpu", "cuda") and weight.dim() and weight.numel() and rate * updates > 0:
+            rows = weight[: max(1, _SAMPLE * len(weight) // weight.numel())]
+            offset = local_offset(parameter) or (0,) * weight.dim()
+            samples.append(_Sample(AsyncScalar(rows.abs().float()), ticket.mask(managed), offset, rate, updates))
     return samples
 
 
-def _is_known(weight: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether the state is Adam's, and not one that a subclass has made smaller, or has put elsewhere."""
-    return (
-        weight.device.type in ("cpu", "cuda")
-        and weight.is_floating_point()
-        and weight.numel() > 0
-        and weight.dim() > 0  # there are no rows to take samples of
-        and "step" in state
-        and all(
-            name in state and local(state[name]).shape == weight.shape and state[name].device == weight.device
-            for name in ("exp_avg", "exp_avg_sq")
-        )
-    )
-
-
-def _statistics(
-    hold: Hold, parameter: Tensor, state: Mapping[str, Any], betas: tuple[float, float], shrinkage: float, reach: float
-) -> Tensor:
-    """Means over the masked weights, but for the second: w², w² of those that stay, what lies out of reach, squared,
-    the squared mean gradient of the loss, the variance of gradients; and the largest |w|."""
-    weight = local(parameter)
-    rows, masked = hold.local_mask.sample(parameter, weight)
-
-    def sample(tensor: Tensor) -> Tensor:
-        return tensor[rows].reshape(masked.shape[0], -1)[:, :SAMPLE].float()
-
-    masked = sample(masked)
-    weights, step = sample(weight), state["step"]
-    gradients = sample(local(state["exp_avg"])) / (1 - betas[0] ** step)
-    squares = sample(local(state["exp_avg_sq"])) / (1 - betas[1] ** step)
-    seen = torch.stack(
-        [
-            weights.square(),
-            weights.square(),
-            (weights.abs() - reach).clamp(min=0).square(),
-            (gradients - shrinkage * weights).square(),
-            (squares - gradients.square()).clamp(min=0),
-        ]
-    )
-    which = torch.stack([masked, 1 - masked, masked, masked, masked])
-    means = (seen * which).flatten(1).sum(1) / which.flatten(1).sum(1).clamp(min=1)
-    return torch.cat([means, (weights.abs() * masked).max().reshape(1)])
+def _about_adam(samples: Sequence[_Sample]) -> list[str]:
+    """Adam moves a weight by about lr in an update, whatever the penalty: no further than lr·updates in all."""
+    squares = squares_left = times = 0.0
+    worst = samples[0]
+    for sample in samples:
+        kept = sample.mask.draw(offset=sample.offset, size=tuple(sample.weights.values.shape))
+        masked, reach = sample.weights.values[~kept], sample.rate * sample.updates
+        if masked.numel():
+            squares += sample.mask.pruned_weights * float(masked.square().mean())
+            squares_left += sample.mask.pruned_weights * float((masked - reach).clamp(min=0).square().mean())
+            times, worst = max((times, worst), (float(masked.max()) / reach, sample), key=lambda pair: pair[0])
+    left = math.sqrt(squares_left / (squares or 1.0))
+    if not left > _LEFT:
+        return []
+    return [
+        f"with lr={worst.rate:g}, {worst.updates:,} more updates will leave {left:.0%} of the masked weights or more,"
+        " and finalize() will remove that: Adam moves a weight by about lr in an update, whatever the penalty. Make"
+        f" steps, hold or lr larger, together {times:.2g} times."
+    ]

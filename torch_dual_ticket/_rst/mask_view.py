@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from .._model.names import unwrapped_parameters
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .._engine.tickets import Ticket
-    from ..masks.seeded import Mask
-
-    SomeMask = TypeVar("SomeMask", bound=Mask)
+    from .._engine.ticket import Ticket
+    from ..masks.mask import Mask
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
@@ -45,12 +43,12 @@ def zero_masked(parameter: Tensor, mask: Mask) -> None:
     """Set the masked weights of one parameter to zero; of a DTensor those in this process's shard."""
     weight = local(parameter)
     kept = mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-    clear_(weight, kept.to(torch.uint8))
+    clear_([(weight, torch.empty_like(weight, dtype=torch.uint8).copy_(kept))])
 
 
-def still_held(masks: Mapping[str, SomeMask], ticket: Ticket) -> dict[str, SomeMask]:
-    """Those of parameters that the ticket has not given up."""
-    return {name: mask for name, mask in masks.items() if name not in ticket.given_up}
+def still_managed(ticket: Ticket) -> dict[str, Any]:
+    """The masks that apply now, but for parameters that were taken out of the ticket."""
+    return {name: mask for name, mask in ticket.stage.masks.items() if name not in ticket.detached}
 
 
 def sparsity_of(masks: Mapping[str, Mask]) -> float:
@@ -67,8 +65,8 @@ class MaskView(Mapping[str, Tensor]):
         self._ticket = ticket
 
     def __getitem__(self, name: str) -> Tensor:
-        devices = [hold.device() for hold in self._ticket.holds if hold.name == name]  # none if it is held no more
-        return self._masks[name].draw(device=devices[0] if devices else None)
+        tensor = next((one.tensor() for one in self._ticket.parameters if one.name == name), None)
+        return self._masks[name].draw(device=None if tensor is None or tensor.is_meta else tensor.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)

@@ -1,7 +1,8 @@
-"""What the ranks of a job must agree on: replicas whose masks or penalties differ would drift apart unnoticed."""
+"""What the ranks must agree on: replicas whose masks or penalties differ would drift apart unnoticed."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +38,8 @@ def agree_on_seed(seed: int | None, plan: Plan, model: nn.Module, timeline: Time
         return mine
     everyone: list[Any] = [None] * world_size()
     settings = {"seed": seed} if timeline is None else {"seed": seed, **_schedule(timeline)}
-    dist.all_gather_object(everyone, (mine, settings, _layers(plan, model)))
+    with _device_of(model):
+        dist.all_gather_object(everyone, (mine, settings, _layers(plan, model)))
     for setting in settings:
         given = {rank: theirs.get(setting) for rank, (_, theirs, _) in enumerate(everyone)}
         if any(value != given[0] for value in given.values()):
@@ -50,7 +52,7 @@ def agree_on_seed(seed: int | None, plan: Plan, model: nn.Module, timeline: Time
 
 
 def check_not_joined(ranks: int) -> None:
-    """A seed that was drawn among so many ranks is known to all that there are now.
+    """A seed that so many ranks agreed on is known to all ranks that there are now.
 
     Raises:
         RuntimeError: the process group is younger than the seed.
@@ -62,16 +64,24 @@ def check_not_joined(ranks: int) -> None:
         )
 
 
+def _device_of(model: nn.Module) -> AbstractContextManager[object]:
+    """Makes the model's accelerator the current device: NCCL gathers objects through that.
+
+    It is another one, often the same on all ranks, where a rank has moved its model but not called set_device().
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type in ("cpu", "meta"):
+        return nullcontext()
+    use: Any = getattr(torch.get_device_module(device), "device", nullcontext)  # Apple's GPU is always the current one
+    context: AbstractContextManager[object] = use(device)
+    return context
+
+
 def _schedule(timeline: Timeline) -> dict[str, object]:
-    """The arguments, and the λ of a few updates in the place of a function."""
-    ticks = range(0, timeline.ticks, max(1, timeline.ticks // 8))
-    return {
-        "steps": timeline.steps,
-        "hold": timeline.hold,
-        "cycles": timeline.cycles,
-        "max_penalty": timeline.max_penalty,
-        "schedule": tuple(timeline.penalty(tick) for tick in ticks),
-    }
+    """The arguments; in place of the function, which cannot be compared, λ at a few scheduler steps."""
+    samples = range(0, timeline.total, max(1, timeline.total // 8))
+    fields = {name: getattr(timeline, name) for name in ("steps", "hold", "cycles", "max_penalty")}
+    return {**fields, "schedule": tuple(map(timeline.penalty, samples))}
 
 
 def _layers(plan: Plan, model: nn.Module) -> Layers:
@@ -83,7 +93,7 @@ def _layers(plan: Plan, model: nn.Module) -> Layers:
 
 
 def _check_layers(of_rank: list[Layers]) -> None:
-    """Ranks may hold different parameters, as the stages of a pipeline do; not one parameter in different ways."""
+    """Ranks may have different parameters, as the stages of a pipeline do, but must prune the same one alike."""
     first: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     for rank, layers in enumerate(of_rank):
         for name, (shape, pruned) in layers.items():

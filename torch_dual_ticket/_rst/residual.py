@@ -13,11 +13,12 @@ from .._engine.dtensor import placement, sum_over_shards
 from .._tables import Table, as_text, percent, terminal_width
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from .._engine.tickets import Ticket
+    from .._engine.ticket import Ticket
+    from ..masks.mask import Mask
     from .schedule import Timeline
 
 MAX_RESIDUAL = 0.01  # above which finalize() warns
@@ -115,7 +116,8 @@ def total_of(layers: Sequence[LayerReport]) -> LayerReport:
     return LayerReport("total", pruned, size, masked / norm if norm else 0.0, norm)
 
 
-def take_measurement(ticket: Ticket) -> Measurement:
+@torch.no_grad()
+def take_measurement(ticket: Ticket, masks: Mapping[str, Mask] | None = None) -> Measurement:
     """Measure a ticket as it is now; reads every target weight, without waiting for the device.
 
     Collective where the weights are sharded.
@@ -123,34 +125,35 @@ def take_measurement(ticket: Ticket) -> Measurement:
     ticket.reshard()
     counts: list[tuple[str, int, int]] = []
     alike: dict[Any, tuple[Tensor, list[int], list[Tensor]]] = {}  # by device and placement: added up together
-    for index, hold in enumerate(ticket.primary_holds):
-        counts.append((hold.name, hold.mask.pruned_weights, math.prod(hold.mask.shape)))
-        parameter = hold.parameter()
+    for index, managed in enumerate(ticket.parameters):
+        mask = (masks or ticket.stage.masks)[managed.name]
+        counts.append((managed.name, mask.pruned_weights, math.prod(mask.shape)))
+        parameter = managed.tensor()
         if parameter is not None and not parameter.is_meta:
             group = alike.setdefault((parameter.device, *placement(parameter)), (parameter, [], []))
             group[1].append(index)
-            group[2].append(torch.stack(hold.squared_norms(parameter)))
+            group[2].append(managed.squared_norms(mask, parameter, holds=ticket.holds))
     parts = [(tuple(indices), sum_over_shards(torch.stack(sums), like)) for like, indices, sums in alike.values()]
     return Measurement(tuple(counts), tuple(parts))
 
 
-def measure(ticket: Ticket) -> Report:
+def measure(ticket: Ticket, masks: Mapping[str, Mask] | None = None) -> Report:
     """The report on a ticket as it is now; reads every target weight. Collective where they are sharded."""
-    return take_measurement(ticket).read()
+    return take_measurement(ticket, masks).read()
 
 
-def warn_of_residual(report: Report, ticks: int, timeline: Timeline) -> None:
+def warn_of_residual(report: Report, steps: int, timeline: Timeline) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
     if report.total.residual <= MAX_RESIDUAL:
         return
     if not math.isfinite(report.total.residual):
         advice = "Weights are not finite any more: the training has diverged. Lower max_penalty or lr"
-    elif ticks == 0:
+    elif steps == 0:
         advice = "rst.step() was never called: call it after each optimizer.step()"
-    elif ticks < timeline.ticks:
+    elif steps < timeline.total:
         advice = (
-            f"finalize() came after {ticks:,} of {timeline.ticks:,} ticks, with λ at"
-            f" {timeline.penalty(ticks - 1):.3g}: choose steps and hold that fit your loop, or go on until rst.done"
+            f"finalize() came after {steps:,} of {timeline.total:,} steps, with λ at"
+            f" {timeline.penalty(steps - 1):.3g}: choose steps and hold that fit your loop, or go on until rst.done"
         )
     elif timeline.max_penalty == 0:
         advice = "There was no penalty, as max_penalty is 0"

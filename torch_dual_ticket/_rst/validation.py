@@ -9,32 +9,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from .._engine.hooks import held_parameters
+from .._engine.layer_hook import managed_parameters
 from .._model.names import unwrapped_modules
+from .loop_warnings import warn_of_lost_layers
 from .residual import LayerReport, Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from .._engine.holds import Hold
-    from .._engine.tickets import Ticket
+    from torch import nn
+
+    from .._engine.ticket import Ticket
     from .._model.targets import Target
-    from ..masks.seeded import Mask
+    from ..masks.mask import Mask
 
 STATE_VERSION = 1
 
 
-def check_unheld(targets: list[Target]) -> None:
-    """No other scheduler holds a target."""
+def check_unmanaged(targets: list[Target]) -> None:
+    """Nothing else manages a target."""
     mine = {id(target.parameter) for target in targets}
-    if not mine.isdisjoint(held_parameters()):
-        gc.collect()  # it may be one that was dropped, and waits for this
-    held = held_parameters()
+    if not mine.isdisjoint(managed_parameters()):
+        gc.collect()  # it may be a scheduler that was dropped in a cycle of references, as tracebacks make them
+    managed = managed_parameters()
     for target in targets:
-        if id(target.parameter) in held:
+        if id(target.parameter) in managed:
             raise ValueError(
-                f"{target.name} is held by another RSTScheduler. Call remove() on that one first (a copied model has"
-                f" none: prune.remove(layer, {target.places[0].tensor_name!r})), or leave the layer out with"
+                f"{target.name} is managed by another RSTScheduler. Call remove() on that one first, or where no name"
+                " reaches it, as for a copied model, torch_dual_ticket.release(model); or leave the layer out with"
                 f" exclude=[{target.layer_name!r}]."
             )
 
@@ -59,8 +61,8 @@ def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
 def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
     """No mask empties a slice that weight_norm divides by the norm of."""
     for target in targets:
-        for place in target.places:
-            dim = place.direction_dim
+        for occurrence in target.occurrences:
+            dim = occurrence.direction_dim
             if dim is None:
                 continue
             kept = masks[target.name].draw()
@@ -73,54 +75,58 @@ def check_directions(targets: list[Target], masks: Mapping[str, Mask]) -> None:
                 )
 
 
-def check_holds(ticket: Ticket) -> None:
+def check_manages(ticket: Ticket) -> None:
     """There is something to finalize."""
-    if not ticket.holds:
+    if not ticket.parameters:
         raise RuntimeError(
-            "this scheduler holds no layer: it was removed, or it is a copy made during the transformation, or all its"
-            " layers were replaced. Build a new RSTScheduler on the model."
+            "this scheduler manages no layer: it was removed, or it is a copy made during the transformation, or all"
+            " its layers were replaced. Build a new RSTScheduler on the model."
         )
 
 
-def check_trained(ticket: Ticket, ticks: int) -> None:
-    """There is something to finalize, in hand and in reach, and an update carried the penalty."""
-    check_holds(ticket)
-    if not (ticks or ticket.has_ever_carried()):
+def check_trained(ticket: Ticket, steps: int) -> None:
+    """There is something to finalize, it can be reached, and an update applied the penalty."""
+    check_manages(ticket)
+    ticket.updates.settle(wait=True)
+    if not (steps or ticket.updates.ever):
         raise RuntimeError(
-            "finalize() was called but no update ever carried the penalty. Train first: optimizer.step() with an"
+            "finalize() was called but no update ever applied the penalty. Train first: optimizer.step() with an"
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
             " torch.optim.Optimizer's, call rst.apply_penalty() before each."
         )
-    _check_untied(ticket)
-    for hold in _replaced(ticket):
-        hold.detach()
-    ticket.check_reachable(stacklevel=4)
-    check_holds(ticket)
+    check_untied(ticket)
+    check_reachable(ticket, stacklevel=4, inside=_modules_of(ticket))
+    check_manages(ticket)
 
 
-def _replaced(ticket: Ticket) -> list[Hold]:
-    """Holds on layers that are no longer in the model, although something else still references them."""
+def check_reachable(ticket: Ticket, stacklevel: int, inside: set[nn.Module] | None = None) -> None:
+    """Every parameter is where it was; ``RuntimeError`` names the first that is not.
+
+    One whose layer is gone is detached with a warning: a head may have been replaced on purpose.
+    """
+    lost = ticket.detach_lost(inside)
+    if lost:
+        warn_of_lost_layers(lost, stacklevel + 1)
+    for managed in ticket.parameters:
+        managed.check_present()
+
+
+def _modules_of(ticket: Ticket) -> set[nn.Module] | None:
     model = ticket.model()
-    if model is None:
-        return []
-    inside = {module for _, module in unwrapped_modules(model)}
-    known = [hold for hold in ticket.holds if hold.parameter() is not None]
-    return [hold for hold in known if not inside.issuperset({hold.layer(), hold.owner() or hold.layer()})]
+    return None if model is None else {module for _, module in unwrapped_modules(model)}
 
 
-def _check_untied(ticket: Ticket) -> None:
+def check_untied(ticket: Ticket) -> None:
     """Each parameter in the model has one mask."""
-    replaced = _replaced(ticket)
     names: dict[int, str] = {}
-    for hold in ticket.holds:
-        if hold in replaced or hold.parameter() is None:
-            continue
-        other = names.setdefault(id(hold.parameter()), hold.name)
-        if other != hold.name:
+    inside = _modules_of(ticket)
+    for managed, tensor in ticket.managed():
+        other = names.setdefault(id(tensor), managed.name) if managed.is_in_place(inside) else managed.name
+        if other != managed.name:
             raise RuntimeError(
-                f"{other} and {hold.name} were tied after the scheduler was built, and have two masks. Tie them first;"
-                " or take one of the layers out of the scheduler's hands with"
-                f" prune.remove(layer, {hold.tensor_name!r})."
+                f"{other} and {managed.name} were tied after the scheduler was built, and have two masks. Tie them"
+                " first; or detach one of the layers from the scheduler with"
+                f" prune.remove(layer, {managed.occurrences[0].tensor_name!r})."
             )
 
 
@@ -135,19 +141,8 @@ def generator_unchanged_on_error() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def masks_unchanged_on_error(ticket: Ticket) -> Iterator[None]:
-    """The final masks are not those of a cycle that goes on."""
-    before = {hold.name: hold.mask for hold in ticket.holds}
-    try:
-        yield
-    except BaseException:
-        ticket.set_masks(before)
-        raise
-
-
 def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int, Report]:
-    """Ticks, pending, phase, seed and report of a state of an RSTScheduler, which the ticket can go on from."""
+    """Scheduler steps, pending, phase, seed and report of a state that the ticket can go on from."""
     fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
     try:
         values = {name: state[name] for name in fields}
@@ -167,8 +162,8 @@ def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, st
     if state["version"] != STATE_VERSION:
         raise ValueError(f"a state of version {state['version']}; this release reads version {STATE_VERSION}")
     if state["phase"] == "finetune":
-        check_holds(ticket)
-        _check_untied(ticket)
+        check_manages(ticket)
+        check_untied(ticket)
     return state["ticks"], state["update_pending"], state["phase"], state["seed"], report
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .._engine.dtensor import reshard, whole
+from .._engine.dtensor import reshard
+from .._model.sharding import whole
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from ..masks.distributions import validate_sparsity
 from ..masks.patterns import input_dim, parse_pattern, pruned_units
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from .._model.targets import Target, TargetType
 
-_ALL = ""  # stands for all layers together where there is one threshold for them
+_ALL = ""  # the key of all layers together, where they have one threshold
 
 
 def magnitude_masks(
@@ -43,7 +44,7 @@ def magnitude_masks(
             None: 0.9, or what ``pattern`` implies.
         distribution: "uniform" or "erk" (a count for each layer), or "global": one threshold for all layers.
         pattern: "unstructured", or "n:m": of every m weights along the input dimension the n largest stay.
-        within: earlier masks; what they remove goes first, so that masks are nested.
+        within: earlier masks; what they remove is removed first, so that masks are nested.
         targets: module types whose ``weight`` is masked.
         exclude: fnmatch patterns of module names that stay dense, with all below them.
 
@@ -76,7 +77,7 @@ def rounds_of_counts(
     rounds: int,
     pattern: str = "unstructured",
 ) -> list[dict[str, int]]:
-    """The weights to prune after each round: for each layer, or for all of them together under the name ""."""
+    """The number of weights removed after each round: of each layer, or of all of them together under the name ""."""
     if distribution not in ("uniform", "erk", "global"):
         raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform', 'erk' and 'global'")
     if distribution != "global":
@@ -85,7 +86,7 @@ def rounds_of_counts(
     if pattern != "unstructured":
         raise ValueError(f"pattern {pattern!r} prunes every layer alike, so distribution='global' is not possible")
     if isinstance(sparsity, Mapping):
-        raise ValueError("distribution='global' spreads one sparsity over all layers; give a number, not a mapping")
+        raise ValueError("distribution='global' has one sparsity for all layers together: give a number, not a mapping")
     total = sum(math.prod(target.shape) for target in targets)
     sparsity = validate_sparsity(DEFAULT_SPARSITY if sparsity is None else sparsity)
     counts = [pruned_units(sparsity_of_cycle(sparsity, cycle, rounds), total) for cycle in range(1, rounds + 1)]
@@ -102,23 +103,25 @@ def remove_smallest(
     within: Mapping[str, Tensor] | None,
     pattern: str = "unstructured",
 ) -> dict[str, Tensor]:
-    """The masks that remove this many of the smallest weights, nested in the earlier ones."""
+    """The masks that remove this many of the smallest weights, within the earlier masks."""
     reshard(model)
     parsed = parse_pattern(pattern)
-    magnitudes, transposed = {}, {}
+    masks, magnitudes = {}, {}
     for target in targets:
-        if _ALL not in counts and target.name not in counts:
+        name = target.name
+        if _ALL not in counts and name not in counts:
             continue  # stays dense
         magnitude = whole(target.parameter).detach().abs()
-        earlier = None if within is None else within.get(target.name)
-        if earlier is not None:
-            magnitude = magnitude.masked_fill(~earlier.to(magnitude.device), -1)
-        magnitudes[target.name], transposed[target.name] = magnitude, target.transposed
-    if parsed.kind == "n:m":
-        groups = parsed.first, parsed.second
-        return {name: _largest_of_groups(m, *groups, input_dim(transposed[name])) for name, m in magnitudes.items()}
-    if _ALL not in counts:
-        return {name: _largest(magnitude, counts[name]) for name, magnitude in magnitudes.items()}
+        if within is not None and name in within:
+            magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -1)
+        if parsed.kind == "n:m":
+            masks[name] = _largest_of_groups(magnitude, parsed.first, parsed.second, input_dim(target.transposed))
+        elif _ALL in counts:
+            magnitudes[name] = magnitude
+        else:
+            masks[name] = _largest(magnitude, counts[name])
+    if not magnitudes:
+        return masks
     device = next(iter(magnitudes.values())).device
     together = torch.cat([magnitude.flatten().to(device) for magnitude in magnitudes.values()])
     parts = torch.split(_largest(together, counts[_ALL]), [magnitude.numel() for magnitude in magnitudes.values()])
@@ -136,7 +139,7 @@ def _largest(magnitude: Tensor, pruned: int) -> Tensor:
 
 
 def _largest_of_groups(magnitude: Tensor, kept: int, size: int, dim: int) -> Tensor:
-    """So many of each group of neighbors along a dimension; of equal ones the earlier are removed first."""
+    """The largest of each group of neighbors along a dimension; of equal ones the earlier are removed first."""
     last = magnitude.movedim(dim, -1)
     groups = last.reshape(*last.shape[:-1], -1, size)
     removed = groups.argsort(stable=True)[..., : size - kept]

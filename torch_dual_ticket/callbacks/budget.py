@@ -1,4 +1,4 @@
-"""How a schedule fits into the number of updates that a trainer is going to make."""
+"""What the callbacks share: a ticket whose schedule fits into the number of updates that a trainer makes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ..scheduler import RSTScheduler
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from .._rst.residual import Report
 
 _DEFAULT_FRACTION = 0.5
@@ -21,7 +23,7 @@ _TIMELINE = ("steps", "hold", "cycles", "max_penalty", "schedule")
 
 
 def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> None:
-    """What a callback is given can be used: said when it is made, not when the training starts.
+    """The arguments of a callback can be used: checked when it is built, not when the training starts.
 
     >>> check_settings(1.5, {})
     Traceback (most recent call last):
@@ -45,7 +47,7 @@ def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> No
 def fitted(updates: float, finalize_at: float | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the ``steps`` that end the schedule at that fraction of the updates.
 
-    Where ``steps`` are given they stay; then this warns if the training is too short for them.
+    Given ``steps`` are kept, with a warning if the training is too short for them.
 
     >>> fitted(1000, None, {"sparsity": 0.9})
     {'sparsity': 0.9, 'steps': 500}
@@ -65,7 +67,7 @@ def fitted(updates: float, finalize_at: float | None, settings: Mapping[str, Any
             )
         return dict(settings)
     if not math.isfinite(updates):
-        raise ValueError("the trainer does not know how many updates it is going to make: give steps, or a limit to it")
+        raise ValueError("the trainer does not know how many updates it will make: give steps or limit its training")
     fraction = _DEFAULT_FRACTION if finalize_at is None else finalize_at
     per_cycle = max(1, round(fraction * updates)) // cycles
     if per_cycle <= hold:
@@ -76,16 +78,40 @@ def fitted(updates: float, finalize_at: float | None, settings: Mapping[str, Any
     return {**settings, "steps": per_cycle - hold}
 
 
-def report_of(rst: RSTScheduler | None) -> Report | None:
-    """What ``finalize()`` returned, if it has been called."""
-    return None if rst is None or rst.phase == "transform" else rst.finalize()
+class TrainerTicket:
+    """What the callbacks share: their arguments, the scheduler that is built from them, and its report."""
 
+    scheduler: RSTScheduler | None = None
+    _model: nn.Module | None = None  # that the scheduler is on
 
-def warn_if_unfinished(rst: RSTScheduler | None) -> None:
-    """Training is over, and the model is not sparse."""
-    if rst is not None and rst.phase == "transform":
-        warnings.warn(
-            f"the training ended at {rst.progress:.0%} of the transformation: no weight was set to zero. Resume it from"
-            " its checkpoint, or call the callback's scheduler.finalize() to mask the weights now.",
-            stacklevel=3,
-        )
+    def __init__(self, finalize_at: float | None, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        check_settings(finalize_at, settings)
+        self._finalize_at, self._settings = finalize_at, settings
+
+    def _start(self, model: nn.Module, updates: float) -> None:
+        """Build the scheduler, if this is another model than before."""
+        if self._model is not model:
+            self.scheduler = RSTScheduler(model, **fitted(updates, self._finalize_at, self._settings))
+            self._model = model
+
+    def _started(self) -> RSTScheduler:
+        if self.scheduler is None:
+            raise RuntimeError("this RSTCallback joined a training that had started: give it to the Trainer")
+        return self.scheduler
+
+    @property
+    def report(self) -> Report | None:
+        """What ``finalize()`` returned, if it has been called."""
+        rst = self.scheduler
+        return None if rst is None or rst.phase == "transform" else rst.finalize()
+
+    def _warn_if_unfinished(self) -> None:
+        """At the end of a training, if the model is not sparse."""
+        rst = self.scheduler
+        if rst is not None and rst.phase == "transform":
+            warnings.warn(
+                f"the training ended at {rst.progress:.0%} of the transformation: no weight was set to zero. Resume it"
+                " from its checkpoint, or call the callback's scheduler.finalize() to mask the weights now.",
+                stacklevel=3,
+            )

@@ -7,19 +7,16 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..scheduler import RSTScheduler
-from .budget import check_settings, fitted, report_of, warn_if_unfinished
+from .budget import TrainerTicket
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning.pytorch import Callback, LightningModule, Trainer
-
-    from .._rst.residual import Report
 else:
 
     def _lightning_callback() -> type:
-        """Lightning has two names, with classes of their own: serve the one in use, or both."""
+        """Lightning has two names, with different classes: derive from that of the one that is imported, or of both."""
         names = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
         if not names:
             if not (find_spec("lightning") or find_spec("pytorch_lightning")):
@@ -30,16 +27,16 @@ else:
     Callback = _lightning_callback()
 
 
-class RSTCallback(Callback):
-    """Transform a random ticket while the first part of a training runs, then set it to zero and finetune.
+class RSTCallback(TrainerTicket, Callback):
+    """Transform a random ticket in the first part of a training, then mask it and finetune.
 
     Give it to the ``Trainer`` of ``lightning`` or ``pytorch_lightning``; where both are installed, import the one you
     use first. λ rises with each batch that ends in an update, so gradient accumulation, manual optimization and skipped
     steps of mixed precision need nothing. Checkpoints hold the state of the schedule: resume with ``ckpt_path``.
 
     λ is logged as ``rst/penalty`` (and shown in the progress bar), and at the end of each epoch ``rst/residual`` and
-    ``rst/sparsity``. A "best" checkpoint can be one from before the masked weights were set to zero: monitor something
-    that is only logged when ``scheduler.phase`` is "finetune" if you want to load it.
+    ``rst/sparsity``. A "best" checkpoint can be from before the masked weights were set to zero. To load it, monitor
+    something that is only logged when ``scheduler.phase`` is "finetune".
 
     Args:
         sparsity: as for :class:`~torch_dual_ticket.RSTScheduler`.
@@ -64,46 +61,38 @@ class RSTCallback(Callback):
     def __init__(
         self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
     ) -> None:
-        super().__init__()
-        check_settings(finalize_at, {"sparsity": sparsity, **settings})
-        self.scheduler: RSTScheduler | None = None
-        self._finalize_at = finalize_at
-        self._settings = {"sparsity": sparsity, **settings}
-        self._module: LightningModule | None = None
-        self._loaded: dict[str, Any] | None = None  # a state that came before there was a scheduler
-        self._awaits_state = True  # and not while another module is tested
+        super().__init__(finalize_at, {"sparsity": sparsity, **settings})
+        self._loaded: dict[str, Any] | None = None  # a state that was loaded before the scheduler was built
+        self._awaits_state = True  # False while another module is tested
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called in every stage, before a checkpoint brings its state."""
-        if stage == "fit" and self._module is not pl_module:
-            self.scheduler = self._module = None
+        """Called in every stage, before the state of a checkpoint is loaded."""
+        if stage == "fit" and self._model is not pl_module:
+            self.scheduler = self._model = None
         self._loaded = None
-        self._awaits_state = stage == "fit" or self._module is pl_module
+        self._awaits_state = stage == "fit" or self._model is pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._module is not pl_module:
-            settings = fitted(trainer.estimated_stepping_batches, self._finalize_at, self._settings)
-            self.scheduler = RSTScheduler(pl_module, **settings)
-            self._module = pl_module
+        self._start(pl_module, trainer.estimated_stepping_batches)
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self.load_state_dict(state)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *unused: Any) -> None:
-        rst = self._scheduler()
+        rst = self._started()
         self.log("rst/penalty", rst.penalty, prog_bar=True)
         rst.step()
         if rst.done and rst.phase == "transform":
             report = rst.finalize()
             if trainer.progress_bar_callback is not None:
-                trainer.progress_bar_callback.print(f"{rst} held {report.total.residual:.2%} of the norm")
+                trainer.progress_bar_callback.print(f"{rst} masked {report.total.residual:.2%} of the norm")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rst = self._scheduler()
+        rst = self._started()
         self.log_dict({"rst/residual": rst.residual(), "rst/sparsity": rst.sparsity})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_if_unfinished(self.scheduler)
+        self._warn_if_unfinished()
 
     def state_dict(self) -> dict[str, Any]:
         return self._loaded or {} if self.scheduler is None else self.scheduler.state_dict()
@@ -113,12 +102,3 @@ class RSTCallback(Callback):
             self.scheduler.load_state_dict(state_dict)
         elif self._awaits_state:
             self._loaded = state_dict
-
-    @property
-    def report(self) -> Report | None:
-        return report_of(self.scheduler)
-
-    def _scheduler(self) -> RSTScheduler:
-        if self.scheduler is None:
-            raise RuntimeError("this RSTCallback joined a training that had started: give it to the Trainer")
-        return self.scheduler

@@ -6,8 +6,7 @@ import json
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..scheduler import RSTScheduler
-from .budget import check_settings, fitted, report_of, warn_if_unfinished
+from .budget import TrainerTicket
 
 if find_spec("transformers") is None:
     raise ImportError("torch_dual_ticket.callbacks.transformers needs Transformers: pip install 'transformers[torch]'")
@@ -21,22 +20,20 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from .._rst.residual import Report
 
-
-class RSTCallback(TrainerCallback, ExportableState):
-    """Transform a random ticket while the first part of a training runs, then set it to zero and finetune.
+class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):
+    """Transform a random ticket in the first part of a training, then mask it and finetune.
 
     Give it to the ``Trainer``. λ rises with each update, so gradient accumulation and skipped steps of mixed precision
     need nothing. ``trainer_state.json`` in each checkpoint holds the state of the schedule: resume with
     ``resume_from_checkpoint``.
 
-    ``rst/penalty``, ``rst/residual`` and ``rst/sparsity`` stand beside each training loss that is logged: in the
-    progress bar and in ``trainer.state.log_history``. To reach TensorBoard and its like, the callback must come before
-    theirs: ``trainer.callback_handler.callbacks.insert(0, ticket)`` in the place of ``callbacks=[ticket]``.
+    ``rst/penalty``, ``rst/residual`` and ``rst/sparsity`` are logged with each training loss: in the progress bar and
+    in ``trainer.state.log_history``. To reach TensorBoard and others, the callback must come before theirs: use
+    ``trainer.callback_handler.callbacks.insert(0, ticket)`` in place of ``callbacks=[ticket]``.
 
-    With ``load_best_model_at_end`` the best weights can be ones from before the masked weights were set to zero; they
-    are masked then, but not finetuned. Start evaluating after that (``eval_delay``) if you use it.
+    With ``load_best_model_at_end`` the best weights can be from before the masked weights were set to zero; they are
+    masked then, but not finetuned. If you use it, start to evaluate after that (``eval_delay``).
 
     Args:
         sparsity: as for :class:`~torch_dual_ticket.RSTScheduler`.
@@ -60,32 +57,25 @@ class RSTCallback(TrainerCallback, ExportableState):
     def __init__(
         self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
     ) -> None:
-        check_settings(finalize_at, {"sparsity": sparsity, **settings})
-        self.scheduler: RSTScheduler | None = None
-        self._finalize_at = finalize_at
-        self._settings = {"sparsity": sparsity, **settings}
-        self._model: nn.Module | None = None
-        self._carried = 0.0  # λ of the last update
+        super().__init__(finalize_at, {"sparsity": sparsity, **settings})
+        self._last_penalty = 0.0  # of the last update
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **unused: Any
     ) -> None:
-        if self._model is not model:
-            settings = fitted(state.max_steps, self._finalize_at, self._settings)
-            self.scheduler = RSTScheduler(model, **settings)
-            self._model = model
+        self._start(model, state.max_steps)
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if isinstance(saved, list):
             raise ValueError(
                 "a Trainer keeps the state of one RSTCallback: give one, with a mapping from name patterns as sparsity"
             )
         saved = saved["attributes"]["saved_scheduler"]
-        if state.global_step > 0 and saved is not None:  # else nothing is resumed
-            self._scheduler().load_state_dict(saved)
+        if state.global_step > 0 and saved is not None:  # resumed from a checkpoint
+            self._started().load_state_dict(saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        rst = self._scheduler()
-        self._carried = rst.penalty
+        rst = self._started()
+        self._last_penalty = rst.penalty
         rst.step()
         if rst.done and rst.phase == "transform":
             rst.finalize()
@@ -99,19 +89,19 @@ class RSTCallback(TrainerCallback, ExportableState):
         logs: dict[str, float],
         **unused: Any,
     ) -> None:
-        if "loss" in logs:  # not those of an evaluation, or of the end
-            rst = self._scheduler()
-            seen = {"rst/penalty": self._carried, "rst/residual": rst.residual(), "rst/sparsity": rst.sparsity}
-            logs.update(seen)
-            state.log_history[-1].update(seen)
+        if "loss" in logs:  # not at an evaluation, or at the end
+            rst = self._started()
+            values = {"rst/penalty": self._last_penalty, "rst/residual": rst.residual(), "rst/sparsity": rst.sparsity}
+            logs.update(values)
+            state.log_history[-1].update(values)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **unused: Any
     ) -> None:
-        rst = self._scheduler()
-        warn_if_unfinished(rst)
+        rst = self._started()
+        self._warn_if_unfinished()
         if rst.phase == "finetune":
-            rst.apply_masks(model)  # load_best_model_at_end may just have put other weights there
+            rst.apply_masks(model)  # load_best_model_at_end may just have loaded earlier weights
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into ``trainer_state.json``."""
@@ -125,18 +115,9 @@ class RSTCallback(TrainerCallback, ExportableState):
         lost = [name for name, value in self._settings.items() if not _is_json(value)]
         if lost and args.restore_callback_states_from_checkpoint:
             raise ValueError(
-                f"restore_callback_states_from_checkpoint=True would make this RSTCallback anew without its"
-                f" {', '.join(lost)}, which no JSON file can hold. Leave it off: the ticket resumes without it."
+                f"restore_callback_states_from_checkpoint=True would rebuild this RSTCallback without its"
+                f" {', '.join(lost)}, which JSON cannot hold. Leave it off: the ticket resumes without it."
             )
-
-    @property
-    def report(self) -> Report | None:
-        return report_of(self.scheduler)
-
-    def _scheduler(self) -> RSTScheduler:
-        if self.scheduler is None:
-            raise RuntimeError("this RSTCallback joined a training that had started: give it to the Trainer")
-        return self.scheduler
 
 
 def _is_json(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which channels of coupled layers can be removed without a difference, and what has to take their place."""
+"""Which channels of coupled layers can be removed without changing the outputs, and what then replaces them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn.modules.conv import _ConvNd
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .observed import Constants
+    from .constants import Constants
 
 
 class Member(NamedTuple):
-    """A layer that gives or takes the channels of a group of coupled layers."""
+    """A layer that computes ("gives") or reads ("takes") the channels of a group of coupled layers."""
 
     layer: nn.Linear | _ConvNd
-    dim: int  # of its weight, along which they stand
-    channels: dict[int, list[int]]  # which of the layer's own channels belong to a channel of the group
+    dim: int  # of its weight, along which its channels lie
+    channels: dict[int, list[int]]  # channel of the group -> channels of the layer
 
     def used(self) -> Tensor:
         """For each of the layer's channels along `dim` whether any weight is not zero."""
@@ -50,19 +50,19 @@ def removable(givers: Sequence[Member], takers: Sequence[Member], constants: Con
 
 
 def fold(takers: Sequence[Member], channels: Sequence[int], constants: Constants) -> list[int]:
-    """Put into the layers that read these channels what their constants contributed; returns those to remove now.
+    """Add the contribution of these channels' constants to the layers that read them; returns the channels to remove.
 
-    A bias takes the whole of it, but not where the layer pads with zeros, as the constant ends at the border there.
-    Then one of the channels has to stay, and carries the sum of all.
+    It goes into the bias, but not where the layer pads with zeros, as the constant ends at the border there. Then one
+    of the channels stays, and contributes the sum of all.
     """
     contributions = {id(taker): _contributions(taker, channels, constants) for taker in takers}
     padded = [taker for taker in takers if _pads(taker.layer) and contributions[id(taker)]]
     removed = list(channels)
     if padded:
-        loud = {channel for taker in padded for channel, _, _ in contributions[id(taker)]}
+        contributing = {channel for taker in padded for channel, _, _ in contributions[id(taker)]}
 
         def strength(channel: int) -> float:
-            """How well its constants stand for the others: to divide by a small one would magnify its rounding."""
+            """How large its constants are beside the others: dividing by a small one would magnify its rounding."""
             return min(
                 abs(constants[taker.layer][taker.channels[channel][0]].item())
                 / max(abs(value) for _, _, value in contributions[id(taker)])
@@ -71,17 +71,17 @@ def fold(takers: Sequence[Member], channels: Sequence[int], constants: Constants
                 for taker in padded
             )
 
-        carrier = max(sorted(loud), key=strength)
-        removed = [channel for channel in channels if channel != carrier]
-        if strength(carrier) == 0:  # no channel reaches all of them
-            removed = [channel for channel in channels if channel not in loud]
+        remaining = max(sorted(contributing), key=strength)
+        removed = [channel for channel in channels if channel != remaining]
+        if strength(remaining) == 0:  # no channel is read by all of them
+            removed = [channel for channel in channels if channel not in contributing]
     chosen = set(removed)
     for taker in takers:
-        mine = [(index, value) for channel, index, value in contributions[id(taker)] if channel in chosen]
-        if mine and taker in padded:
-            _carry(taker, taker.channels[carrier][0], mine, constants)
-        elif mine:
-            _add_to_bias(taker, mine)
+        lost = [(index, value) for channel, index, value in contributions[id(taker)] if channel in chosen]
+        if lost and taker in padded:
+            _add_to_channel(taker, taker.channels[remaining][0], lost, constants)
+        elif lost:
+            _add_to_bias(taker, lost)
     return removed
 
 
@@ -94,14 +94,16 @@ def _contributions(taker: Member, channels: Sequence[int], constants: Constants)
 
 
 def _pads(layer: nn.Linear | _ConvNd) -> bool:
-    """Whether zeros stand beside the input, so that a constant input does not make a constant output."""
+    """Whether the input is padded with zeros, so that a constant input does not make a constant output."""
     if not isinstance(layer, _ConvNd):
         return False
     widths = layer.padding if isinstance(layer.padding, tuple) else (layer.padding,)
     return layer.transposed or (layer.padding_mode == "zeros" and any(width not in (0, "valid") for width in widths))
 
 
-def _carry(taker: Member, target: int, contributions: Sequence[tuple[int, float]], constants: Constants) -> None:
+def _add_to_channel(
+    taker: Member, target: int, contributions: Sequence[tuple[int, float]], constants: Constants
+) -> None:
     """Let the channel `target` contribute what the others did."""
     old = taker.layer.weight
     weight = old.detach().double()

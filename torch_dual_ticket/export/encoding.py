@@ -1,4 +1,4 @@
-"""A state_dict with masks as what is worth storing of it: kept values, and the fields that masks are drawn from."""
+"""A state_dict without what the masks remove: the kept values, and the fields that masks are drawn from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._engine.dtensor import whole
+from .._model.sharding import whole
 from ..masks.seeded import SeededMask
 
 if TYPE_CHECKING:
@@ -16,25 +16,24 @@ if TYPE_CHECKING:
 
 
 def encode(
-    state: Mapping[str, Tensor], specs: Mapping[str, SeededMask], *, stored: bool = True
+    state: Mapping[str, Tensor], masks: Mapping[str, SeededMask], *, stored: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The tensors to store, and an entry for each name of the state_dict that says how to make it of them.
 
-    An entry gives ``dtype`` and ``shape`` of the whole, and, for what has to do with a mask, in ``kept_by`` the mask
-    whose kept entries alone are stored, in the order of their positions; or in ``equals_mask`` the mask that it is.
-    Or it has just ``same_as``, the name of an earlier entry: a tied weight. Complex tensors are stored as real ones
+    An entry has ``dtype`` and ``shape`` of the dense tensor. ``kept_by`` names the mask whose kept elements alone are
+    stored, in the order of their positions; ``equals_mask`` the mask that the tensor is, of which nothing is stored.
+    The entry of a tied weight has only ``same_as``, the name of an earlier one. Complex tensors are stored as real ones
     with a last dimension of 2. Collective where a tensor is sharded.
 
     Args:
         state: name -> tensor; names of a tied weight have the same object.
-        specs: parameter name -> mask. In the layout of ``torch.nn.utils.prune`` the parameter is found by its names
-            there.
+        masks: parameter name -> mask. In the layout of ``torch.nn.utils.prune`` the parameter has its names there.
         stored: False makes no copy of any tensor, on ranks that only take part in gathering them.
 
     Raises:
         ValueError: a mask without a parameter of its shape, or masked weights that are not zero.
     """
-    roles = _roles(state, specs)
+    roles = _roles(state, masks)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
     first_keys: dict[int, str] = {}
@@ -46,34 +45,34 @@ def encode(
         value = whole(tensor.detach())
         entry = entries[key] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if id(tensor) in roles:
-            mask, role = roles[id(tensor)]
-            kept = _draw(specs[mask], key, tuple(value.shape), value.device)
+            name, role = roles[id(tensor)]
+            kept = _draw(masks[name], key, tuple(value.shape), value.device)
             if role == "mask" and torch.equal(value, kept.to(value.dtype)):
-                entry["equals_mask"] = mask
+                entry["equals_mask"] = name
                 continue
             if role != "multiplied":
-                _check_zeros(value, kept, key, mask)
-            entry["kept_by"] = mask
+                _check_zeros(value, kept, key, name)
+            entry["kept_by"] = name
             value = value[kept]
         if stored:
             tensors[key] = _plain_copy(value)
     return tensors, entries
 
 
-def describe(specs: Mapping[str, SeededMask]) -> dict[str, dict[str, Any]]:
+def describe(masks: Mapping[str, SeededMask]) -> dict[str, dict[str, Any]]:
     """What redraws the masks, and their fingerprints."""
-    return {name: asdict(spec) | {"fingerprint": spec.fingerprint} for name, spec in specs.items()}
+    return {name: asdict(mask) | {"fingerprint": mask.fingerprint} for name, mask in masks.items()}
 
 
 def decode(
     tensors: Mapping[str, Tensor], masks: Mapping[str, dict[str, Any]], entries: Mapping[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """The state_dict again, dense, on the CPU: the inverse of :func:`encode` and :func:`describe`.
+    """The dense state_dict, on the CPU: the inverse of :func:`encode` and :func:`describe`.
 
     Raises:
         AttributeError, KeyError, RuntimeError, TypeError, ValueError: they do not belong together.
     """
-    specs = {name: _spec(fields) for name, fields in masks.items()}
+    redrawn = {name: _mask(fields) for name, fields in masks.items()}
     state: dict[str, Tensor] = {}
     used = set()
     for key, entry in entries.items():
@@ -82,7 +81,7 @@ def decode(
             continue
         dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
         name = entry.get("kept_by", entry.get("equals_mask"))
-        kept = None if name is None else _draw(specs[name], key, shape, torch.device("cpu"))
+        kept = None if name is None else _draw(redrawn[name], key, shape, torch.device("cpu"))
         if "equals_mask" in entry:
             assert kept is not None
             state[key] = kept.to(dtype)
@@ -103,20 +102,20 @@ def decode(
     return state
 
 
-def _roles(state: Mapping[str, Tensor], specs: Mapping[str, SeededMask]) -> dict[int, tuple[str, str]]:
-    """For the id of each tensor that has to do with a mask: the mask's name, and what the tensor is.
+def _roles(state: Mapping[str, Tensor], masks: Mapping[str, SeededMask]) -> dict[int, tuple[str, str]]:
+    """By the id of a tensor: the name of its mask, and what the tensor is.
 
-    "weight": zero where masked. In the layout of ``torch.nn.utils.prune``, "multiplied" by "mask".
+    "weight": zero where masked. In the layout of ``torch.nn.utils.prune``: "multiplied" by "mask".
     """
     roles = {}
-    for name in specs:
+    for name in masks:
         if name in state:
             roles[id(state[name])] = (name, "weight")
         elif f"{name}_orig" in state and f"{name}_mask" in state:
             roles[id(state[f"{name}_orig"])] = (name, "multiplied")
             roles[id(state[f"{name}_mask"])] = (name, "mask")
         else:
-            raise ValueError(f"{name} is not in the model's state_dict any more: its mask has nothing to belong to")
+            raise ValueError(f"{name} has a mask, but is not in the model's state_dict any more")
     return roles
 
 
@@ -130,26 +129,26 @@ def _check_zeros(value: Tensor, kept: Tensor, key: str, mask: str) -> None:
 
 
 def _plain_copy(value: Tensor) -> Tensor:
-    """On the CPU, contiguous, with memory of its own, and real: safetensors knows one complex dtype of three."""
+    """On the CPU, contiguous, in its own memory, and real: safetensors knows one complex dtype of three."""
     copy = torch.empty(value.shape, dtype=value.dtype, device="cpu").copy_(value)
     return torch.view_as_real(copy) if copy.is_complex() else copy
 
 
 def _scatter(values: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros with the values at the kept places. As integers: no NaN loses its payload, and every dtype can be moved."""
+    """Zeros with the values where the mask keeps them. Moved as integers, which keeps every bit of a NaN."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     zeros = torch.zeros(shape, dtype=integers, device=values.device)
     return zeros.masked_scatter_(kept, values.view(integers)).view(values.dtype)
 
 
-def _spec(fields: dict[str, Any]) -> SeededMask:
-    spec = SeededMask(**{name: value for name, value in fields.items() if name != "fingerprint"})
-    if spec.fingerprint != fields["fingerprint"]:
-        raise ValueError(f"the mask of {spec.name} would not be the one that was saved: it has another fingerprint")
-    return spec
+def _mask(fields: dict[str, Any]) -> SeededMask:
+    mask = SeededMask(**{name: value for name, value in fields.items() if name != "fingerprint"})
+    if mask.fingerprint != fields["fingerprint"]:
+        raise ValueError(f"the mask of {mask.name} would not be the one that was saved: it has another fingerprint")
+    return mask
 
 
-def _draw(spec: SeededMask, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    if spec.shape != shape:
-        raise ValueError(f"{key} has shape {shape}, and its mask {spec.shape}")
-    return spec.draw(device=device)
+def _draw(mask: SeededMask, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if mask.shape != shape:
+        raise ValueError(f"{key} has shape {shape}, and its mask {mask.shape}")
+    return mask.draw(device=device)

@@ -19,7 +19,7 @@ def validate_sparsity(value: object, what: str = "sparsity") -> float:
     """`value` as a float in [0, 1); errors speak of `what`.
 
     Raises:
-        TypeError: a bool, or no real number.
+        TypeError: a bool, or not a real number.
         ValueError: NaN, negative, or 1 and above.
 
     >>> validate_sparsity(0)
@@ -56,8 +56,8 @@ def by_name(layers: Mapping[str, Sequence[str]], sparsities: Mapping[str, float]
         sparsities: fnmatch pattern of layer names -> sparsity.
 
     Raises:
-        ValueError: a pattern matches no layer, or a sparsity is outside [0, 1).
-        TypeError: a pattern is no string, or a sparsity no number.
+        ValueError: a pattern matches no module, or a sparsity is outside [0, 1).
+        TypeError: a pattern that is not a string, or a sparsity that is not a number.
 
     >>> layers = {"conv1.weight": ["conv1"], "layer1.conv.weight": ["layer1.conv"], "fc.weight": ["fc"]}
     >>> by_name(layers, {"layer1.*": 0.9, "conv*": 0.5})
@@ -109,7 +109,7 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str
     shares = {name: sum(shape) or 1 for name, shape in shapes.items()}
     scale = _water_level(sizes, shares, budget)
 
-    def turn(name: str, unit: int) -> Fraction:
+    def scale_of_unit(name: str, unit: int) -> Fraction:
         """The scale at which a layer keeps its unit number `unit` (from 1), by rounding to the nearest."""
         return Fraction((2 * unit - 1) * unit_sizes[name], 2 * shares[name])
 
@@ -117,16 +117,14 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str
         name: min(counts[name], math.floor(scale * shares[name] / unit_sizes[name] + Fraction(1, 2))) for name in shapes
     }
     excess = sum(kept[name] * unit_sizes[name] for name in shapes) - budget
-    order = {name: position for position, name in enumerate(shapes)}
+    names = list(shapes)  # equal scales: the layer that comes first keeps its unit first
     while excess > 0:
-        last = max((name for name in shapes if kept[name]), key=lambda name: (turn(name, kept[name]), order[name]))
+        last = max((name for name in reversed(names) if kept[name]), key=lambda name: scale_of_unit(name, kept[name]))
         kept[last] -= 1
         excess -= unit_sizes[last]
     while excess < 0:
-        following = min(
-            (name for name in shapes if kept[name] < counts[name]),
-            key=lambda name: (turn(name, kept[name] + 1), order[name]),
-        )
+        open_names = (name for name in names if kept[name] < counts[name])
+        following = min(open_names, key=lambda name: scale_of_unit(name, kept[name] + 1))
         if excess + unit_sizes[following] >= -excess:
             break
         kept[following] += 1
@@ -135,39 +133,36 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str
 
 
 def require_matches(patterns: Iterable[str], names: Iterable[str], what: str = "pattern") -> None:
-    """Raise ``ValueError`` for the first of the fnmatch patterns that matches no name, and say which names are close.
+    """Raise ``ValueError`` for the first of the fnmatch patterns that matches no module name, and say what is close.
 
     >>> require_matches(["layer1.*"], ["conv1", "layer1.0", "fc"])
     >>> require_matches(["layr1.0"], ["conv1", "layer1.0", "fc"])
     Traceback (most recent call last):
     ...
-    ValueError: pattern 'layr1.0' matches no layer; close names: 'layer1.0'
+    ValueError: pattern 'layr1.0' matches no module; close names: 'layer1.0'
     """
     names = list(names)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"{what} must be a string with a layer's name, where * and ? are wild, got {pattern!r}")
+            raise TypeError(f"{what} must be a string with a module's name, where * and ? are wild, got {pattern!r}")
         if any(fnmatchcase(name, pattern) for name in names):
             continue
-        close = get_close_matches(pattern, names, n=3, cutoff=0.5)
-        listed = close or names[:5]
-        more = "" if close or len(names) <= 5 else ", …"
-        told = (
-            f"{'close names' if close else 'there are'}: {', '.join(map(repr, listed))}{more}"
-            if listed
-            else "none exist"
-        )
-        raise ValueError(f"{what} {pattern!r} matches no layer; {told}")
+        known = [name for name in names if name]  # the root's name is empty
+        if close := get_close_matches(pattern, known, n=3, cutoff=0.5):
+            hint = f"close names: {', '.join(map(repr, close))}"
+        else:
+            hint = f"there are: {', '.join(map(repr, known[:8]))}{', …' * (len(known) > 8)}" if known else "none exist"
+        raise ValueError(f"{what} {pattern!r} matches no module; {hint}")
 
 
 def _water_level(sizes: Mapping[str, int], shares: Mapping[str, int], budget: int) -> Fraction:
     """The scale at which ``sum(min(size, scale * share))`` is the budget."""
-    open_ = dict(sizes)
-    while open_:
-        scale = Fraction(budget, sum(shares[name] for name in open_))
-        full = [name for name, size in open_.items() if scale * shares[name] > size]
+    not_full = dict(sizes)
+    while not_full:
+        scale = Fraction(budget, sum(shares[name] for name in not_full))
+        full = [name for name, size in not_full.items() if scale * shares[name] > size]
         if not full:
             return scale
         for name in full:
-            budget -= open_.pop(name)
+            budget -= not_full.pop(name)
     return Fraction(0)

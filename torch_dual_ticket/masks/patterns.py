@@ -93,9 +93,9 @@ def tile(shape: Sequence[int], pattern: str, transposed: bool = False) -> tuple[
     inputs = input_dim(transposed)
     outputs = 1 - inputs
     if parsed.kind == "filter":
-        return (*_ones_at(shape, outputs),)
+        return (*shape[:outputs], 1, *shape[outputs + 1 :])
     if parsed.kind == "channel":
-        return (*_ones_at(shape, inputs),)
+        return (*shape[:inputs], 1, *shape[inputs + 1 :])
     if parsed.kind == "n:m":
         _check_divides(shape, inputs, "input", parsed.second, pattern)
         return (1,) * len(shape)
@@ -114,10 +114,6 @@ def count_units(shape: Sequence[int], pattern: str, transposed: bool = False) ->
     (2304, 64, 32)
     """
     return math.prod(size // unit for size, unit in zip(shape, tile(shape, pattern, transposed), strict=True) if unit)
-
-
-def _ones_at(shape: tuple[int, ...], units_dim: int) -> list[int]:
-    return [1 if dim == units_dim else size for dim, size in enumerate(shape)]
 
 
 def _check_divides(shape: tuple[int, ...], dim: int, units: str, divisor: int, pattern: str) -> None:

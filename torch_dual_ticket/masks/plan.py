@@ -5,16 +5,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .distributions import by_name, erk, uniform, validate_sparsity
 from .patterns import count_units, implied_sparsity, parse_pattern
 from .seeded import SeededMask
 
 if TYPE_CHECKING:
-    from .._model.targets import Target
+    from collections.abc import Sequence
 
 DEFAULT_SPARSITY = 0.9
+
+
+class Prunable(Protocol):
+    """What a plan needs to know of a parameter."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def transposed(self) -> bool: ...
+    @property
+    def grouped(self) -> bool: ...
+    @property
+    def layer_names(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Plan:
 
 
 def make_plan(
-    targets: list[Target],
+    targets: Sequence[Prunable],
     sparsity: float | Mapping[str, float] | None,
     *,
     distribution: str = "uniform",
@@ -47,11 +62,9 @@ def make_plan(
 
     Warns, at the line that ``stacklevel`` says, of layers that are pruned altogether.
 
-    Cycle ``c`` of ``C`` aims at ``1 - (1 - s)**(c/C)``: each removes the same fraction of what the one before has left.
-
     Raises:
-        TypeError, ValueError: a sparsity that is none, contradicts the pattern, or prunes nothing; a pattern that does
-            not fit a layer; a name pattern that matches no layer.
+        TypeError, ValueError: a sparsity that is not a fraction, contradicts the pattern, or prunes nothing; a pattern
+            that does not fit a layer; a name pattern that matches no module.
     """
     implied = implied_sparsity(pattern)
     if distribution not in ("uniform", "erk"):
@@ -60,32 +73,33 @@ def make_plan(
         sparsity = DEFAULT_SPARSITY if implied is None else implied
     if implied is not None:
         _check_implied(sparsity, implied, pattern, distribution, cycles)
-    if isinstance(sparsity, Mapping) and distribution != "uniform":
-        raise ValueError(
-            f"distribution={distribution!r} spreads one sparsity over the layers, but sparsity is a mapping that"
-            " already says it layer by layer. Give a number, or leave the distribution at 'uniform'."
-        )
-    sparsities = _sparsities(targets, sparsity)
-    chosen = [target for target in targets if sparsities[target.name] > 0]
-    if not chosen:
-        raise ValueError(f"nothing to prune: sparsity={sparsity!r} leaves every layer dense")
-    units = {target.name: _count_units(target, pattern) for target in chosen}
-    shapes = {target.name: target.shape for target in chosen}
-    cycle_counts = []
-    for cycle in range(1, cycles + 1):
-        if distribution == "erk":
-            level = sparsity_of_cycle(sparsities[chosen[0].name], cycle, cycles)
-            cycle_counts.append(erk(shapes, level, None if pattern == "unstructured" else units))
-        else:
-            cycle_counts.append(
-                uniform(units, {name: sparsity_of_cycle(sparsities[name], cycle, cycles) for name in units})
+    if isinstance(sparsity, Mapping):
+        if distribution != "uniform":
+            raise ValueError(
+                f"distribution={distribution!r} spreads one sparsity over the layers, but sparsity is a mapping that"
+                " already says it layer by layer. Give a number, or leave the distribution at 'uniform'."
             )
-    if not any(cycle_counts[-1].values()):
+        sparsities = by_name({target.name: target.layer_names for target in targets}, sparsity)
+    else:
+        sparsities = dict.fromkeys((target.name for target in targets), validate_sparsity(sparsity))
+    pruned_targets = [target for target in targets if sparsities[target.name] > 0]
+    if not pruned_targets:
+        raise ValueError(f"nothing to prune: sparsity={sparsity!r} leaves every layer dense")
+    units = {target.name: _count_units(target, pattern) for target in pruned_targets}
+    shapes = {target.name: target.shape for target in pruned_targets}
+    pruned = []
+    for cycle in range(1, cycles + 1):
+        levels = {name: sparsity_of_cycle(sparsities[name], cycle, cycles) for name in units}
+        if distribution == "erk":
+            pruned.append(erk(shapes, max(levels.values()), None if pattern == "unstructured" else units))
+        else:
+            pruned.append(uniform(units, levels))
+    if not any(pruned[-1].values()):
         raise ValueError(
             f"sparsity={sparsity!r} rounds to no unit in any layer; the largest layer has {max(units.values())} units."
             " Give a higher sparsity."
         )
-    emptied = [name for name, pruned in cycle_counts[-1].items() if 0 < pruned == units[name]]
+    emptied = [name for name, count in pruned[-1].items() if 0 < count == units[name]]
     if emptied:
         others = f" and of {len(emptied) - 1} more" if emptied[1:] else ""
         warnings.warn(
@@ -93,19 +107,16 @@ def make_plan(
             " through it any more. Leave it dense with exclude, or give it a lower sparsity.",
             stacklevel=stacklevel,
         )
-    return Plan(pattern, shapes, {target.name: target.transposed for target in chosen}, cycle_counts)
+    return Plan(pattern, shapes, {target.name: target.transposed for target in pruned_targets}, pruned)
 
 
 def sparsity_of_cycle(sparsity: float, cycle: int, cycles: int) -> float:
-    """What a cycle, counted from 1, aims at: each removes the same fraction of what the one before has left."""
+    """What a cycle, counted from 1, aims at: each removes the same fraction of what the one before has left.
+
+    >>> [sparsity_of_cycle(0.75, cycle, 2) for cycle in (1, 2)]
+    [0.5, 0.75]
+    """
     return sparsity if cycle == cycles else 1 - (1 - sparsity) ** (cycle / cycles)
-
-
-def _sparsities(targets: list[Target], sparsity: float | Mapping[str, float]) -> dict[str, float]:
-    """The sparsity of each target, by parameter name."""
-    if not isinstance(sparsity, Mapping):
-        return dict.fromkeys((target.name for target in targets), validate_sparsity(sparsity))
-    return by_name({target.name: [place.layer_name for place in target.places] for target in targets}, sparsity)
 
 
 def _check_implied(
@@ -128,13 +139,14 @@ def _check_implied(
         )
 
 
-def _count_units(target: Target, pattern: str) -> int:
+def _count_units(target: Prunable, pattern: str) -> int:
+    exclusion = f"exclude=[{target.layer_names[0]!r}]"
     if target.grouped and parse_pattern(pattern).kind != "unstructured":
         raise ValueError(
             f"{target.name}: pattern {pattern!r} is not defined for grouped convolutions. Leave the layer dense with "
-            f"exclude=[{target.layer_name!r}], or use pattern='unstructured'."
+            f"{exclusion}, or use pattern='unstructured'."
         )
     try:
         return count_units(target.shape, pattern, target.transposed)
     except ValueError as error:
-        raise ValueError(f"{target.name}: {error} (exclude=[{target.layer_name!r}])") from None
+        raise ValueError(f"{target.name}: {error} ({exclusion})") from None

@@ -1,9 +1,9 @@
-"""Which weights stay: random masks that are drawn from a seed and never stored.
+"""Random masks that are drawn from a seed and need not be stored.
 
-The Dual Lottery Ticket paper (arXiv 2203.04248) chooses the mask of each layer at random before training. Here the
-units of a layer (weights, blocks, filters …) are put into a random order by a keyed permutation and the first
-`pruned` of that order are masked. So counts are exact, a larger count only removes more, and any block of a mask,
-such as the shard of one rank, can be drawn alone.
+The Dual Lottery Ticket paper (arXiv 2203.04248) chooses the mask of each layer at random before training. Here a keyed
+permutation puts the units of a layer (weights, blocks, filters …) into a random order, and the first `pruned` of that
+order are masked. So counts are exact, a larger count only removes more, and any block of a mask, such as the shard of
+one rank, can be drawn alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from operator import index
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,25 +28,11 @@ if TYPE_CHECKING:
 ALGORITHM = 1
 """Part of every key and fingerprint; it changes when the same fields would give another mask."""
 
-# Measured: on CPU a chunk that stays below OpenMP's grain size, and so in cache, is fastest.
+# Measured: on the CPU, chunks below OpenMP's grain size, which also fit into the cache, are the fastest.
 _CPU_CHUNK = 32_768
 _GPU_CHUNK = 2**21
 
-
-class Mask(Protocol):
-    """What the holds on a model need of a mask: a :class:`SeededMask`, or weights chosen otherwise."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def pruned_weights(self) -> int: ...
-    def draw(
-        self,
-        *,
-        offset: Sequence[int] | None = None,
-        size: Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor: ...
+_INEXACT_DEVICES = ("mps",)  # they divide integers in floating point, which can be off by one
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,7 @@ class SeededMask:
         transposed: dimension 0 holds the input units and dimension 1 the output units, as in ``ConvTranspose2d``.
 
     Raises:
-        TypeError: `seed`, `pruned` or a size is no integer.
+        TypeError: `seed`, `pruned` or a size is not an integer.
         ValueError: the pattern is unknown or does not fit the shape, or `pruned` is not possible for it.
 
     Example:
@@ -87,7 +73,7 @@ class SeededMask:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        # Other integer types, such as numpy's, would not get through to the key.
+        # Plain integers: those of other types, such as numpy's, cannot be written into the key.
         object.__setattr__(self, "seed", index(self.seed))
         object.__setattr__(self, "pruned", index(self.pruned))
         object.__setattr__(self, "shape", tuple(index(size) for size in self.shape))
@@ -139,7 +125,7 @@ class SeededMask:
         Args:
             offset: first index of the block in each dimension; zeros by default.
             size: the block's shape; all that follows `offset` by default.
-            device: where to compute and leave it; CPU by default.
+            device: where the result is, and where it is computed if integers are exact there; CPU by default.
 
         Returns:
             A contiguous bool tensor of shape `size`; True = kept.
@@ -164,6 +150,8 @@ class SeededMask:
         where = torch.device("cpu" if device is None else device)
         if 0 in size:
             return torch.empty(size, dtype=torch.bool, device=where)
+        if where.type in _INEXACT_DEVICES:
+            return self.draw(offset=offset, size=size).to(where)
         if parse_pattern(self.pattern).kind == "n:m":
             return self._draw_n_of_m(offset, size, where)
         return self._draw_units(offset, size, where)
@@ -180,7 +168,7 @@ class SeededMask:
         grid = [self.shape[d] // unit[d] for d in dims]
         units = [stop[d] - first[d] for d in dims]
         mask = _fill(self._permutation(device), grid, first, units, lambda ranks: ranks >= self.pruned, device=device)
-        # The last dimension first: the early, small copies are the strided ones.
+        # Last dimension first: its copies are the strided ones, and the mask is still small then.
         for d in reversed(dims):
             if units[d] == 1 and size[d] > 1:
                 mask = mask.expand(*units[:d], *size[d:])
@@ -190,11 +178,11 @@ class SeededMask:
         return mask.contiguous()
 
     def _draw_n_of_m(self, offset: tuple[int, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
-        """Of each group of m the n weights of the highest ranks are kept."""
+        """Keep the n weights of the highest ranks in each group of m."""
         parsed = parse_pattern(self.pattern)
         n, m = parsed.first, parsed.second
         inputs = input_dim(self.transposed)
-        # A block may cut through groups: draw the whole groups it touches.
+        # The block may cut through groups: draw all groups that it touches, then take the block out of them.
         before = offset[inputs] % m
         whole = -(-(before + size[inputs]) // m) * m
         first = [*offset[:inputs], offset[inputs] - before, *offset[inputs + 1 :]]

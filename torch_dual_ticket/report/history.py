@@ -1,9 +1,9 @@
-"""How λ, the residual and the norms went: recorded while somebody trains, read afterwards."""
+"""λ, the residual and the norms over the training: recorded without waiting for a GPU, read afterwards."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._rst.residual import LayerReport, Report, take_measurement
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..scheduler import RSTScheduler
 
 _VERSION = 1
-_POINTS = 200  # over the transformation, if the user does not say how often
+_POINTS = 200  # records of a transformation, if the user does not say how often
 
 
 class Writer(Protocol):
@@ -27,17 +27,16 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """One moment.
+    """The state of a ticket at one update.
 
     Attributes:
-        tick: updates so far: the ticks of the schedule; where they stand still (at its end, after ``finalize()``) the
-            calls of :meth:`History.record` go on from there.
+        step: updates so far: scheduler steps; when the schedule is over, each call of :meth:`History.record` adds one.
         phase: ``"transform"`` or ``"finetune"``.
         penalty: λ of the next update.
         report: per layer and in total: pruned, size, residual and norms.
     """
 
-    tick: int
+    step: int
     phase: str
     penalty: float
     report: Report
@@ -56,20 +55,20 @@ class Record:
 class History:
     """A record of λ, the residual and the norms of every layer, to plot or to log.
 
-    Call :meth:`record` once per update, beside ``rst.step()``; most calls only count. One that records reads every
+    Call :meth:`record` once per update, after ``rst.step()``; most calls only count. A call that records reads every
     target weight once, as ``rst.residual()`` does, but leaves the numbers on their device until :attr:`records`,
-    :meth:`log_to` or :meth:`state_dict` are asked for: so the loop does not wait for a GPU. What the masked weights
-    held just before ``finalize()`` is recorded in any case.
+    :meth:`log_to` or :meth:`state_dict` need them: so the loop does not wait for a GPU. The norms just before
+    ``finalize()`` are recorded in any case.
 
     With sharded parameters (FSDP2, DTensor) recording is collective: call it on every rank. Under DDP one rank will do.
 
     Args:
         rst: what is recorded. It is not kept alive.
-        every: record when the tick reaches a multiple of this; and at the first call, and the first after
+        every: record when :attr:`Record.step` reaches a multiple of this; and at the first call, and the first after
             ``finalize()``. None: about 200 times over the transformation.
 
     Raises:
-        TypeError, ValueError: ``rst`` is no scheduler, or ``every`` no positive integer.
+        TypeError, ValueError: ``rst`` is not a scheduler, or ``every`` not a positive integer.
 
     Example:
         >>> import torch
@@ -89,7 +88,7 @@ class History:
         ...         report = rst.finalize()
         ...     history.record()
         >>> for record in history.records:
-        ...     print(record.tick, record.phase, f"λ={record.penalty:.2f}, sparsity {record.sparsity:.0%}")
+        ...     print(record.step, record.phase, f"λ={record.penalty:.2f}, sparsity {record.sparsity:.0%}")
         1 transform λ=0.03, sparsity 90%
         200 transform λ=3.35, sparsity 90%
         400 transform λ=5.00, sparsity 90%
@@ -101,16 +100,16 @@ class History:
     def __init__(self, rst: RSTScheduler, *, every: int | None = None) -> None:
         if not hasattr(rst, "_timeline"):
             raise TypeError(f"History() takes an RSTScheduler, got {type(rst).__name__}")
-        self.every = max(1, rst._timeline.ticks // _POINTS) if every is None else check_integer("every", every, 1)
-        self._rst = weakref.ref(rst)  # one that is dropped lets its model go
+        self.every = max(1, rst._timeline.total // _POINTS) if every is None else check_integer("every", every, 1)
+        self._rst = weakref.ref(rst)  # a strong one would keep a dropped model in memory
         self._records: list[Record] = []
         self._unread: list[tuple[int, str, float, Measurement | Report]] = []
-        self._last: tuple[str, int] | None = None  # what was recorded last: its phase, and which `every` ticks it is of
-        self._tick = 0  # of the last call
+        self._last: tuple[str, int] | None = None  # phase and step // every of the last record
+        self._step = 0  # of the last call
         self._logged = 0  # records
 
     def record(self) -> None:
-        """Call it once per update, after ``rst.step()`` and, where that comes, ``rst.finalize()``; or more rarely.
+        """Call it once per update, after ``rst.step()`` and, at its time, ``rst.finalize()``; or less often.
 
         Raises:
             RuntimeError: the scheduler was dropped.
@@ -120,26 +119,29 @@ class History:
             raise RuntimeError(
                 "record() has nothing to measure: the RSTScheduler of this history does not exist any more"
             )
-        phase = rst.phase
-        stands_still = rst.done or phase == "finetune"
-        self._tick = max(rst._ticks, self._tick + 1) if stands_still else rst._ticks
-        at = phase, self._tick // self.every
-        if at == self._last or not rst._ticket.holds:  # after remove() there is nothing to see any more
+        phase, steps = rst.phase, rst._steps
+        is_over = rst.done or phase == "finetune"
+        self._step = max(steps, self._step + 1) if is_over else steps
+        at = phase, self._step // self.every
+        if at == self._last:
+            return
+        measurement = take_measurement(rst._ticket)
+        if not measurement.counts:  # after remove()
             return
         if self._last is not None and (self._last[0], phase) == ("transform", "finetune") and rst._report.layers:
-            self._unread.append((self._tick, "transform", rst._timeline.penalty(rst._ticks), rst._report))
-        self._unread.append((self._tick, phase, rst.penalty, take_measurement(rst._ticket)))
+            self._unread.append((self._step, "transform", rst._timeline.penalty(steps), rst._report))
+        self._unread.append((self._step, phase, rst.penalty, measurement))
         self._last = at
 
     def __repr__(self) -> str:
-        return f"History({len(self._records) + len(self._unread)} records, up to tick {self._tick:,})"
+        return f"History({len(self._records) + len(self._unread)} records, up to step {self._step:,})"
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All of them, oldest first. Waits for the device once for each that was not read yet."""
+        """All records, oldest first. Waits for the device once for each that was not read yet."""
         self._records += [
-            Record(tick, phase, penalty, seen if isinstance(seen, Report) else seen.read())
-            for tick, phase, penalty, seen in self._unread
+            Record(step, phase, penalty, measured if isinstance(measured, Report) else measured.read())
+            for step, phase, penalty, measured in self._unread
         ]
         self._unread.clear()
         return tuple(self._records)
@@ -148,7 +150,7 @@ class History:
         """Write what was recorded since the last call to TensorBoard: call it now and then, such as once an epoch.
 
         The tags are ``rst/penalty``, ``rst/residual``, ``rst/sparsity``, ``rst/masked_norm``, ``rst/kept_norm`` and,
-        for each layer, ``rst_residual/NAME``; the step is the tick.
+        for each layer, ``rst_residual/NAME``; the step is :attr:`Record.step`.
 
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its ``add_scalar``.
@@ -172,23 +174,22 @@ class History:
                 **{f"rst_residual/{layer.name}": layer.residual for layer in record.report.layers},
             }
             for tag, value in scalars.items():
-                writer.add_scalar(tag, value, record.tick)
+                writer.add_scalar(tag, value, record.step)
             self._logged += 1
 
     def state_dict(self) -> dict[str, Any]:
         """All records, in lists and numbers; save it in the checkpoint, beside the scheduler's."""
         return {
             "version": _VERSION,
-            "tick": self._tick,
+            "tick": self._step,  # the key of the first release
             "logged": self._logged,
             "records": [
-                [record.tick, record.phase, record.penalty, [list(astuple(layer)) for layer in record.report.layers]]
-                for record in self.records
+                [record.step, record.phase, record.penalty, record.report.as_rows()] for record in self.records
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved history; what was recorded here is forgotten.
+        """Go on from a saved history, in place of what was recorded here.
 
         Raises:
             ValueError: not a state of this class; nothing is changed then.
@@ -197,16 +198,12 @@ class History:
             if state["version"] != _VERSION:
                 raise ValueError(f"its version is {state['version']!r}, and this release reads version {_VERSION}")
             records = [
-                _record(int(tick), str(phase), float(penalty), [LayerReport(*layer) for layer in layers])
-                for tick, phase, penalty, layers in state["records"]
+                Record(int(step), str(phase), float(penalty), Report.of([LayerReport(*layer) for layer in layers]))
+                for step, phase, penalty, layers in state["records"]
             ]
-            tick, logged = int(state["tick"]), int(state["logged"])
+            step, logged = int(state["tick"]), int(state["logged"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"not a state_dict() of a History: {error!r}") from error
         self._records, self._unread = records, []
-        self._last = (records[-1].phase, records[-1].tick // self.every) if records else None
-        self._tick, self._logged = tick, logged
-
-
-def _record(tick: int, phase: str, penalty: float, layers: list[LayerReport]) -> Record:
-    return Record(tick, phase, penalty, Report.of(layers))
+        self._last = (records[-1].phase, records[-1].step // self.every) if records else None
+        self._step, self._logged = step, logged

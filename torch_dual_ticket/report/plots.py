@@ -1,10 +1,11 @@
-"""Pictures of a ticket, made with matplotlib's own objects: nothing is shown, and no state of pyplot is touched."""
+"""Plots of a ticket, made with matplotlib's own objects: nothing is shown, and pyplot is not used."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from .._rst.residual import MAX_RESIDUAL
+from .._tables import shortened
 from .summary import summary
 
 if TYPE_CHECKING:
@@ -14,21 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-    from ..baselines import HeldMasks
-    from ..scheduler import RSTScheduler
     from .history import History, Record
+    from .summary import HasMasks
 
 _BLUE, _RED, _ORANGE, _GRAY = "tab:blue", "tab:red", "tab:orange", "0.6"
 _LONGEST_NAME = 60
-_FEW = 30  # records, whose points are shown: a line through one would be nothing
-_LETTER = 5.2  # points that a letter of small text takes
+_FEW = 30  # fewer records are shown with markers: a line through a single one would be invisible
+_LETTER = 5.2  # width of a letter of small text, in points
 
 
 def plot(history: History) -> Figure:
-    """λ, the residual and the norms over the ticks.
+    """λ, the residual and the norms over the updates.
 
-    The residual is drawn for each layer (thin, the one that lags behind by name) and for all together (bold), on a
-    logarithmic scale. A dashed line is the residual above which ``finalize()`` warns, a dotted one where it was called.
+    The residual is drawn for each layer (thin; the largest with its name) and for all together (bold), on a logarithmic
+    scale. A dashed line is the residual above which ``finalize()`` warns, a dotted one where it was called.
 
     Args:
         history: with at least one record.
@@ -57,31 +57,31 @@ def plot(history: History) -> Figure:
         raise ValueError("nothing to plot: call history.record() in the training loop, once per update")
     figure.set_size_inches(7.5, 7.5)
     penalty, residual, norms = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.8, 1.2])
-    ticks = [record.tick for record in records]
+    steps = [record.step for record in records]
     marker = "." if len(records) < _FEW else ""
 
-    penalty.plot(ticks, [record.penalty for record in records], color=_BLUE, marker=marker)
+    penalty.plot(steps, [record.penalty for record in records], color=_BLUE, marker=marker)
     penalty.set_ylabel("penalty λ")
     _draw_residuals(residual, records, marker)
     totals = [record.report.total for record in records]
-    norms.plot(ticks, [total.kept_norm for total in totals], color=_BLUE, marker=marker, label="kept weights")
-    norms.plot(ticks, [total.masked_norm for total in totals], color=_RED, marker=marker, label="masked weights")
+    norms.plot(steps, [total.kept_norm for total in totals], color=_BLUE, marker=marker, label="kept weights")
+    norms.plot(steps, [total.masked_norm for total in totals], color=_RED, marker=marker, label="masked weights")
     norms.set_ylabel("norm")
     norms.set_ylim(bottom=0)
     norms.legend(fontsize="small")
     norms.set_xlabel("updates")
-    finetuned = next((record.tick for record in records if record.phase == "finetune"), None)
+    finalized = next((record.step for record in records if record.phase == "finetune"), None)
     for axes in (penalty, residual, norms):
         axes.grid(alpha=0.3)
-        if finetuned is not None:
-            axes.axvline(finetuned, color="0.3", linestyle=":", linewidth=1)
-    if finetuned is not None:
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
-        penalty.annotate("finalize()", (finetuned, 1), (0, 3), fontsize="small", **place)
+        if finalized is not None:
+            axes.axvline(finalized, color="0.3", linestyle=":", linewidth=1)
+    if finalized is not None:
+        above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+        penalty.annotate("finalize()", (finalized, 1), (0, 3), fontsize="small", **above)
     return figure
 
 
-def plot_sparsity(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Figure:
+def plot_sparsity(model_or_rst: nn.Module | HasMasks) -> Figure:
     """The sparsity of each layer as a bar, with the number of weights that are kept.
 
     Args:
@@ -92,7 +92,7 @@ def plot_sparsity(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: neither a module nor what holds one.
+        TypeError: neither a module nor what manages one.
 
     Example:
         >>> from torch import nn
@@ -103,17 +103,17 @@ def plot_sparsity(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Figure:
         'sparsity, % (of the whole model: 47.06 %)'
     """
     figure = _new_figure("plot_sparsity()")
-    seen = summary(model_or_rst)
-    names = [_short_name(layer.name) for layer in seen.layers]
-    kept = [f"{layer.kept:,} of {layer.size:,}" for layer in seen.layers]
+    table = summary(model_or_rst)
+    names = [_short_name(layer.name) for layer in table.layers]
+    kept = [f"{layer.kept:,} of {layer.size:,}" for layer in table.layers]
     letters = max(map(len, names), default=0) + max(map(len, kept), default=0)
     figure.set_size_inches(5 + _LETTER * letters / 72, 0.9 + 0.21 * (len(names) + 1))
     axes = figure.subplots()
-    axes.barh(range(len(names)), [100 * layer.sparsity for layer in seen.layers], color=_BLUE, height=0.7)
+    axes.barh(range(len(names)), [100 * layer.sparsity for layer in table.layers], color=_BLUE, height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize="small")
-    axes.set_ylim(len(names) - 0.5, -1.5)  # the first layer on top, under a line for the title
+    axes.set_ylim(len(names) - 0.5, -1.5)  # the first layer at the top, below a line for the title
     axes.set_xlim(0, 100)
-    axes.set_xlabel(f"sparsity, % (of the whole model: {seen.sparsity:.2%})".replace("%)", " %)"))
+    axes.set_xlabel(f"sparsity, % (of the whole model: {table.sparsity:.2%})".replace("%)", " %)"))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -124,8 +124,8 @@ def plot_sparsity(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Figure:
         "fontsize": "small",
     }
     edge = _LETTER * max(map(len, kept), default=0) + 6
-    for place, text in enumerate(["kept weights", *kept], start=-1):
-        axes.annotate(text, (1, place), (edge, 0), va="center", annotation_clip=False, **aside)
+    for row, text in enumerate(["kept weights", *kept], start=-1):
+        axes.annotate(text, (1, row), (edge, 0), va="center", annotation_clip=False, **aside)
     return figure
 
 
@@ -133,7 +133,7 @@ def _draw_residuals(axes: Axes, records: Sequence[Record], marker: str) -> None:
     layers: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for layer in record.report.layers:
-            layers.setdefault(layer.name, []).append((record.tick, layer.residual))
+            layers.setdefault(layer.name, []).append((record.step, layer.residual))
     shown = {name: _positive(points) for name, points in layers.items()}
     for index, points in enumerate(shown.values()):
         axes.plot(*points, color=_GRAY, linewidth=0.8, marker=marker, label=None if index else "each layer")
@@ -141,7 +141,7 @@ def _draw_residuals(axes: Axes, records: Sequence[Record], marker: str) -> None:
         slowest = max(shown, key=lambda name: shown[name][1][-1])
         label = f"slowest layer: {_short_name(slowest)}"
         axes.plot(*shown[slowest], color=_ORANGE, linewidth=1, marker=marker, label=label)
-    whole = [(record.tick, record.residual) for record in records]
+    whole = [(record.step, record.residual) for record in records]
     axes.plot(*_positive(whole), color=_BLUE, linewidth=2, marker=marker, label="all together")
     if any(value > 0 for _, value in whole):
         axes.set_yscale("log")
@@ -154,18 +154,16 @@ def _draw_residuals(axes: Axes, records: Sequence[Record], marker: str) -> None:
 def _positive(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     """What a logarithmic scale can show; the residual is exactly 0 after ``finalize()``."""
     shown = [point for point in points if point[1] > 0] or points
-    return [tick for tick, _ in shown], [value for _, value in shown]
+    return [step for step, _ in shown], [value for _, value in shown]
 
 
-def _new_figure(asked_for: str) -> Figure:
+def _new_figure(function: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{asked_for} needs matplotlib: pip install matplotlib") from error
+        raise ImportError(f"{function} needs matplotlib: pip install matplotlib") from error
     return Figure(layout="constrained")
 
 
 def _short_name(parameter: str) -> str:
-    """The end of a name tells layers apart: the beginning goes."""
-    name = parameter.removesuffix(".weight")
-    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+    return shortened(parameter.removesuffix(".weight"), _LONGEST_NAME)

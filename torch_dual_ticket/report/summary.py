@@ -1,9 +1,9 @@
-"""What the layers of a model are, ticket or not: a table for the terminal."""
+"""The layers of a model, masked or not, as a table for the terminal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,23 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._engine.dtensor import local, reshard, sum_over_shards
-from .._engine.holds import Hold
-from .._engine.tickets import Ticket
+from .._engine.layer_hook import layer_hooks
+from .._engine.ticket import Phase, Ticket
 from .._model.names import unwrapped_modules
 from .._rst.residual import measure, total_of
 from .._tables import Table, as_best_text, as_renderable, percent, terminal_width
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .._rst.residual import LayerReport
-    from ..baselines import HeldMasks
-    from ..scheduler import RSTScheduler
+
+
+class HasMasks(Protocol):
+    """What manages a model: an ``RSTScheduler``, or what ``baselines.hold()`` returns."""
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,10 @@ class LayerSummary:
         name: in the unwrapped model.
         shape: full, also where the parameter is sharded.
         kept: weights that stay: those that the mask keeps, or, where there is none, those that are not zero.
-        pattern: of the mask: "unstructured", "2:4" …; "chosen" for one that somebody chose weight by weight; "prune"
-            for one of ``torch.nn.utils.prune``; "" where there is no mask.
-        residual: ‖masked weights‖ / ‖all weights‖ now; None where no ticket holds the layer.
-        penalty: λ of the next update; None where none is penalized any more, or no ticket holds the layer.
+        pattern: of the mask: "unstructured", "2:4" …; "explicit" for one that was given weight by weight; "prune" for
+            one of ``torch.nn.utils.prune``; "" where there is no mask.
+        residual: ‖masked weights‖ / ‖all weights‖ now; None where the layer is not managed.
+        penalty: λ of the next update; None after ``finalize()``, or where the layer is not managed.
     """
 
     name: str
@@ -57,16 +62,20 @@ class Summary:
     """The layers of a model; ``print`` shows them as a table that fits the terminal.
 
     Attributes:
-        layers: the parameters that a ticket holds, and all others of two or more dimensions.
+        layers: the managed parameters, and all others of two or more dimensions.
         others: the sizes of the remaining parameters: biases, norms, …
-        phases: of the tickets that hold the model: ``"transform"``, ``"finetune"``; empty if there is none.
-        residual: ‖masked weights‖ / ‖all weights‖ over the layers that are held; None if there is none.
+        residual: ‖masked weights‖ / ‖all weights‖ over the managed layers; None if there is none.
     """
 
     layers: tuple[LayerSummary, ...]
     others: tuple[int, ...]
-    phases: tuple[str, ...]
     residual: float | None
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """``"transform"``, ``"finetune"``, both where several schedulers manage the model, or none."""
+        managed = [layer for layer in self.layers if layer.residual is not None]
+        return tuple(dict.fromkeys("finetune" if layer.penalty is None else "transform" for layer in managed))
 
     @property
     def size(self) -> int:
@@ -93,16 +102,16 @@ class Summary:
         yield as_renderable(self._table(options.max_width), options.max_width)
 
     def _table(self, width: int) -> Table:
-        """All columns, if they fit; else without those that say one thing of all layers, which a note says once."""
+        """All columns, if they fit; else without those that are equal in all layers, which a note gives once."""
         masked = [layer for layer in self.layers if layer.pattern]
-        held = [layer for layer in masked if layer.residual is not None]
+        managed = [layer for layer in masked if layer.residual is not None]
         rows = [_cells(layer) for layer in self.layers]
         if self.others:
             rows.append((f"{len(self.others)} others", "", "", "dense", f"{sum(self.others):,}", "", ""))
         footer = []
-        if held:
-            kept, size = sum(layer.kept for layer in held), sum(layer.size for layer in held)
-            footer.append(_total("held layers", kept, size, f"{self.residual:.4f}"))
+        if managed:
+            kept, size = sum(layer.kept for layer in managed), sum(layer.size for layer in managed)
+            footer.append(_total("managed layers", kept, size, f"{self.residual:.4f}"))
         footer.append(_total("whole model", self.kept, self.size, ""))
         notes = [_MEANING[phase] for phase in self.phases or ("",)]
         empty = {column for column in _OPTIONAL if all(row[column] in ("", _NOTHING) for row in rows)}
@@ -110,25 +119,25 @@ class Summary:
         if table.width <= width:
             return table
         for column in sorted({_PATTERN, _PENALTY} - empty):
-            said = {_cells(layer)[column] for layer in held or masked}
-            if len(said) == 1:
+            values = {_cells(layer)[column] for layer in managed or masked}
+            if len(values) == 1:
                 empty.add(column)
-                notes.append(f"{_HEADER[column]} of every {'held' if held else 'masked'} layer: {said.pop()}")
+                notes.append(f"{_HEADER[column]} of every {'managed' if managed else 'masked'} layer: {values.pop()}")
         return _without(empty, rows, footer, notes)
 
 
-def summary(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Summary:
+def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
     """A table of the layers of a model: shape, pattern, sparsity, kept weights, residual and λ. Print what it returns.
 
-    Call it at any time; it reads every weight. Of a model that a ticket holds, be it an ``RSTScheduler``, masks of
-    :mod:`torch_dual_ticket.baselines` or a finalized copy, it shows the ticket. Of any other (loaded from a file,
-    after ``remove()``, pruned by ``torch.nn.utils.prune``) it shows the zeros that it finds. Collective where
-    parameters are sharded (FSDP2, DTensor): call it on every rank, and print on one.
+    Call it at any time; it reads every weight. Of a model that is managed, by an ``RSTScheduler``, by masks of
+    :mod:`torch_dual_ticket.baselines` or as a finalized copy, it shows the masks. Of any other (loaded from a file,
+    after ``remove()``, pruned by ``torch.nn.utils.prune``) it counts the zeros. Collective where parameters are sharded
+    (FSDP2, DTensor): call it on every rank, and print on one.
 
     rich draws the table where it is installed, and ``rich.print`` adds colors.
 
     Args:
-        model_or_rst: a module, wrapped or not, or what holds it. A scheduler stands for the model that it was given.
+        model_or_rst: a module, wrapped or not, or what manages one: then that model.
 
     Raises:
         TypeError: it is neither.
@@ -146,10 +155,8 @@ def summary(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Summary:
     model = _model_of(model_or_rst)
     reshard(model)
     modules = list(unwrapped_modules(model))
-    holds = {id(hold.parameter()): hold for _, module in modules for hold in _holds_on(module)}
-    tickets = {id(hold.ticket): hold.ticket for hold in holds.values()}
-    reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
-    layers, others, held = [], [], []
+    managed = _managed(model)
+    layers, others, reports = [], [], []
     known: set[int] = set()
     for prefix, module in modules:
         for key, parameter in module._parameters.items():
@@ -157,16 +164,15 @@ def summary(model_or_rst: nn.Module | RSTScheduler | HeldMasks) -> Summary:
                 continue
             known.add(id(parameter))
             name = f"{prefix}.{key}" if prefix else key
-            hold = holds.get(id(parameter))
-            if hold is not None:
-                held.append(reports[id(hold.ticket), hold.name])
-                layers.append(_of_hold(name, hold, held[-1]))
+            if id(parameter) in managed:
+                layer, report = managed[id(parameter)]
+                layers.append(replace(layer, name=name))
+                reports.append(report)
             elif is_lazy(parameter) or parameter.dim() < 2:
                 others.append(0 if is_lazy(parameter) else parameter.numel())
             else:
-                layers.append(_of_zeros(name, module, key, parameter))
-    phases = {"finetune" if ticket.enforcing else "transform": None for ticket in tickets.values()}
-    return Summary(tuple(layers), tuple(others), tuple(phases), total_of(held).residual if held else None)
+                layers.append(_count_zeros(name, module, key, parameter))
+    return Summary(tuple(layers), tuple(others), total_of(reports).residual if reports else None)
 
 
 def _model_of(given: Any) -> nn.Module:
@@ -181,19 +187,24 @@ def _model_of(given: Any) -> nn.Module:
     return model
 
 
-def _holds_on(module: nn.Module) -> list[Hold]:
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hold) and hook.attached]
+def _managed(model: nn.Module) -> dict[int, tuple[LayerSummary, LayerReport]]:
+    """The managed parameters of the model, by id."""
+    hooks = [hook for hook in layer_hooks(model) if hook.ticket.phase is not Phase.IDLE]
+    tickets = {id(hook.ticket): hook.ticket for hook in hooks}
+    reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
+    found = {}
+    for hook in hooks:
+        ticket, mask = hook.ticket, hook.ticket.mask(hook.managed)
+        report = reports[id(ticket), hook.managed.name]
+        kept, pattern = report.size - report.pruned, getattr(mask, "pattern", "explicit")
+        penalty = None if ticket.holds else ticket.stage.penalty
+        layer = LayerSummary(hook.managed.name, mask.shape, report.size, kept, pattern, report.residual, penalty)
+        found[id(hook.managed.tensor())] = layer, report
+    return found
 
 
-def _of_hold(name: str, hold: Hold, report: LayerReport) -> LayerSummary:
-    pattern = getattr(hold.mask, "pattern", "chosen")
-    kept = report.size - report.pruned
-    penalty = None if hold.ticket.enforcing else hold.ticket.penalty
-    return LayerSummary(name, hold.mask.shape, report.size, kept, pattern, report.residual, penalty)
-
-
-def _of_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> LayerSummary:
-    """What is zero in a parameter that no ticket holds, or in its mask of torch.nn.utils.prune."""
+def _count_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> LayerSummary:
+    """Of a parameter that is not managed, or of its mask of torch.nn.utils.prune."""
     mask = module._buffers.get(f"{key.removesuffix('_orig')}_mask") if key.endswith("_orig") else None
     name = name if mask is None else name.removesuffix("_orig")
     size = parameter.numel()
@@ -216,8 +227,8 @@ _PATTERN, _RESIDUAL, _PENALTY = _OPTIONAL = 2, 5, 6  # columns
 _NOTHING = "–"
 _MEANING = {  # of the sparsity, by phase
     "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
-    "finetune": "finetuning: masked weights are held at zero",
-    "": "no ticket holds this model: sparsity of zeros, or of torch.nn.utils.prune",
+    "finetune": "finetuning: masked weights are kept at zero",
+    "": "not managed: sparsity of zeros, or of torch.nn.utils.prune",
 }
 
 

@@ -1,70 +1,59 @@
-"""Filter tickets made small: layers without the masked filters, by the dependency graph of Torch-Pruning."""
+"""Filter tickets as smaller layers: without the masked filters, by the dependency graph of Torch-Pruning."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import plain_copy
 from .channels import Member, fold, removable
-from .observed import call, check_equal, observe, tensors
-
-if find_spec("torch_pruning") is None:
-    raise ImportError("torch_dual_ticket.shrinking needs Torch-Pruning: pip install torch-pruning")
-
-import torch_pruning
+from .constants import call, check_equal, observe, tensors
+from .plain_copy import plain_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["shrink"]
-
-_KINDS = torch_pruning.ops.OPTYPE
-_CHANNEL_BY_CHANNEL = {  # what has no part in the decision, and loses its channels with the layers around it
-    *(_KINDS.BN, _KINDS.PRELU, _KINDS.DEPTHWISE_CONV, _KINDS.ELEMENTWISE),
-    *(_KINDS.CONCAT, _KINDS.SPLIT, _KINDS.SLICE, _KINDS.RESHAPE),
-}
+# Operations of Torch-Pruning that lose the channels which the layers around them lose.
+_CHANNEL_BY_CHANNEL = {"BN", "PRELU", "DEPTHWISE_CONV", "ELEMENTWISE", "CONCAT", "SPLIT", "SLICE", "RESHAPE"}
 
 
 def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A smaller copy for inference: without the filters that are zero, and with the same outputs.
 
     Call it after ``finalize()`` and the finetuning of a ticket of pattern "filter" (or "channel"). The dependency graph
-    of Torch-Pruning tells which layers share a channel; one is removed only if that changes nothing:
+    of Torch-Pruning tells which layers share a channel. One is removed only if that changes nothing:
 
-    - A channel that no layer reads goes, whatever is in it.
-    - A filter of zeros does not make a channel of zeros: behind it, its bias, or batch normalization's shift, is a
-      constant. What reads a constant can have it in its own bias, so the channel goes. But a convolution that pads with
-      zeros sees the constant end at the border, and no bias can. There all such channels of a layer become *one*: the
-      weights that read it are the sum of theirs, weighted by their constants. Both are exact, not approximations, and
-      need no further training; with ReLU behind it, a shift that is not positive leaves nothing to carry at all.
-    - Channels that a residual connection adds up are one channel: it goes only if its filters are zero in every layer
-      that is added. Masks are drawn for each layer on its own, so these seldom coincide; what shrinks in residual
-      networks is what lies within the blocks.
+    - A channel that no layer reads is removed, whatever is in it.
+    - A filter of zeros makes a constant channel: its bias, or batch normalization's shift, is still added. The layers
+      that read it take the constant into their bias, and the channel is removed. This is not possible for convolutions
+      that pad with zeros, as the constant ends at the border: there *one* of these channels remains, and contributes
+      what all did. Both are exact and need no further training. After ReLU a shift that is not positive is zero, and no
+      channel remains.
+    - Channels that a residual connection adds up are one channel: it is removed only if its filters are zero in every
+      layer that is added. As masks of different layers are independent, these seldom coincide; residual networks shrink
+      within their blocks.
 
     After each removal the outputs for ``example_inputs`` are compared with those of the masked model. If they are not
     equal (to a relative 1e-5 in float32; float16 and bfloat16: 3e-2), or the forward pass fails because it relies on
-    the old size, the layers are put back as they were, and a warning names them.
+    the old size, the layers get back what was removed, and a warning names them.
 
     Args:
         model: finalized; wrappers (DDP, ``torch.compile``) are left out of the copy.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keyword
-            arguments. Real data, or noise: nothing can be seen with a constant.
+            arguments. Data or noise: a constant would show no differences.
 
     Returns:
-        A plain model in evaluation mode, its layers of the same types and names. Nothing is held: masked weights that
-        could not be removed would come back in training. What equals the masked model is its evaluation mode.
+        A plain model in evaluation mode, its layers of the same types and names. Nothing keeps masked weights at zero
+        that could not be removed: they would come back in training.
 
     Raises:
-        ImportError: on import, if Torch-Pruning is not installed (``pip install torch-pruning``).
-        TypeError: ``model`` is no module.
+        ImportError: Torch-Pruning is not installed (``pip install torch-pruning``).
+        TypeError: ``model`` is not a module.
         ValueError: nothing can be removed; says why. ``model`` is never changed.
 
     Example:
@@ -78,16 +67,20 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
         >>> torch.allclose(small(x), model.eval()(x), atol=1e-5)
         True
     """
+    try:
+        from torch_pruning import DependencyGraph
+    except ImportError as error:
+        raise ImportError("shrink() needs Torch-Pruning: pip install torch-pruning") from error
     for tensor in tensors(example_inputs):
         if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
             raise ValueError(
-                f"example_inputs holds a tensor of shape {tuple(tensor.shape)} in which all is {float(tensor.min())}:"
-                " with that it cannot be seen what makes a difference. Give a batch of data, or noise."
+                f"example_inputs has a tensor of shape {tuple(tensor.shape)} in which all is {float(tensor.min())}:"
+                " it would show no differences. Give a batch of data, or noise."
             )
     with torch.inference_mode(False), torch.enable_grad():  # the graph follows gradients
         small = plain_copy(model)
         with _all_trainable(small):
-            shrinker = _Shrinker(small, example_inputs)
+            shrinker = _Shrinker(small, example_inputs, DependencyGraph)
             shrinker.run()
     if not shrinker.removed:
         raise ValueError(shrinker.reason())
@@ -103,8 +96,8 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
 class _Shrinker:
     """The groups of coupled layers of one model, one after the other."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model, self.inputs = model, example_inputs
+    def __init__(self, model: nn.Module, example_inputs: Any, graph_type: Any) -> None:
+        self.model, self.inputs, self.graph_type = model, example_inputs, graph_type
         self.outputs, self.constants = observe(model, example_inputs)
         self.names = {layer: name for name, layer in model.named_modules()}
         self.removed = 0
@@ -115,7 +108,7 @@ class _Shrinker:
             pass
 
     def _finished(self) -> bool:
-        """Go through all groups; False after one that had to be put back, as the graph is a wrong one then."""
+        """Go through all groups; False after one that had to be restored, as the graph does not fit any more then."""
         graph = self._graph()
         for group in graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)):
             name = self.names[group[0].dep.target.module]
@@ -131,16 +124,15 @@ class _Shrinker:
         return True
 
     def _graph(self) -> Any:
-        graph = torch_pruning.DependencyGraph()
         try:
-            return graph.build_dependency(
+            return self.graph_type().build_dependency(
                 self.model, self.inputs, forward_fn=call, output_transform=tensors, verbose=False
             )
         except Exception as error:
             raise ValueError(f"Torch-Pruning cannot trace this {type(self.model).__name__}: {error!r}") from error
 
     def _shrink(self, graph: Any, group: Any) -> None:
-        """Remove from one group what can be removed; raises if the outputs are not the same then."""
+        """Remove what can be removed from one group; raises if the outputs are not the same afterwards."""
         members = _members(graph, group)
         if members is None:
             return
@@ -173,8 +165,8 @@ class _Shrinker:
         if not zero:
             return f'{what}: no filter is zero. finalize() a ticket of pattern="filter" first.'
         return (
-            f"{what}, although {zero[0]} has filters that are zero: they are inputs or outputs of the model, or stand"
-            " for channels to which other layers add (residual connections), or that are normalized with others"
+            f"{what}, although {zero[0]} has filters that are zero: they are inputs or outputs of the model, or belong"
+            " to channels to which other layers add (residual connections), or that are normalized with others"
         )
 
 
@@ -187,13 +179,13 @@ def _members(graph: Any, group: Any) -> tuple[list[Member], list[Member]] | None
     takers: list[Member] = []
     outside: set[int] = set()
     for item in group:
-        layer, kind, handler = item.dep.target.module, item.dep.target.type, item.dep.handler
+        layer, kind, handler = item.dep.target.module, item.dep.target.type.name, item.dep.handler
         gives = graph.is_out_channel_pruning_fn(handler)
         pairs = list(zip(item.root_idxs, item.idxs, strict=True))
         size = graph.get_out_channels(item.dep.target) if gives else graph.get_in_channels(item.dep.target)
         if size is not None:
             outside.update(channel for channel, index in pairs if not 0 <= index < size)
-        if kind in (_KINDS.CONV, _KINDS.LINEAR):
+        if kind in ("CONV", "LINEAR"):
             if getattr(layer, "groups", 1) != 1 or "weight" not in layer._parameters:
                 return None
             channels = defaultdict(list)
@@ -220,22 +212,19 @@ def _check_covers(
         }
 
     if removal is None or [*map(indices, removal)] != [*map(indices, members)]:
-        raise ValueError("its channels are coupled with others in a way that is not understood")
+        raise ValueError("its channels are coupled with others in an unknown way")
 
 
 @contextmanager
 def _unchanged_on_error(layers: list[nn.Module]) -> Iterator[None]:
-    before = [(layer, dict(vars(layer)), dict(layer._parameters), dict(layer._buffers)) for layer in layers]
+    own = {"_parameters", "_buffers"}  # dictionaries that are changed in place
+    before = [{key: dict(value) if key in own else value for key, value in vars(layer).items()} for layer in layers]
     try:
         yield
     except BaseException:
-        for layer, attributes, parameters, buffers in before:
+        for layer, attributes in zip(layers, before, strict=True):
             vars(layer).clear()
             vars(layer).update(attributes)
-            layer._parameters.clear()
-            layer._parameters.update(parameters)
-            layer._buffers.clear()
-            layer._buffers.update(buffers)
         raise
 
 

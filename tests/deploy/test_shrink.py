@@ -1,8 +1,10 @@
-"""Filter tickets as smaller layers: the outputs of the masked model, and nothing removed that makes a difference."""
+"""Filter tickets as smaller layers: the same outputs as the masked model, and only unused channels removed."""
 
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -15,9 +17,9 @@ from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import hold, random_ticket
+from torch_dual_ticket.deploy import shrink
 
 pytest.importorskip("torch_pruning", reason="needs Torch-Pruning: pip install torch-pruning")
-from torch_dual_ticket.deploy.shrinking import shrink
 
 IMAGES = torch.randn(6, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +72,7 @@ def parameters(model):
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
 def test_resnet_20(sparsity):
-    """Within each block all but one of the zero filters go; that one carries what the others' constants did."""
+    """Within each block all but one of the zero filters are removed; it contributes all their constants."""
     torch.manual_seed(0)
     model = ResNet((3, 32, 32), 10, depth=20)
     rst = RSTScheduler(model, sparsity, pattern="filter", steps=4, exclude=["conv", "fc"], seed=0)
@@ -95,17 +97,17 @@ def test_resnet_20(sparsity):
         assert kept == whole.conv1.out_channels * (1 - sparsity)
         assert block.conv1.out_channels in (kept, kept + 1)
         assert block.conv1.out_channels == block.norm1.num_features == block.conv2.in_channels
-        # The stream of the residual connections: masks do not coincide, and the first layer is dense.
+        # The channels of the residual connections: masks do not coincide, and the first layer is dense.
         assert (block.conv1.in_channels, block.conv2.out_channels) == (
             whole.conv1.in_channels,
             whole.conv2.out_channels,
         )
-    assert any(block.conv1.out_channels % 2 for block in small.blocks), "no constant outlived a ReLU"
+    assert any(block.conv1.out_channels % 2 for block in small.blocks), "no constant behind a ReLU was kept"
     assert 1 - sparsity < parameters(small) / parameters(model) < 1 - sparsity + 0.04
     flops = [FlopCount(one, example).dense for one in (model, small)]
     assert 1 - sparsity < flops[1] / flops[0] < 1 - sparsity + 0.07
 
-    # The masked model is as it was, and still held.
+    # The masked model is unchanged, and its zeros are still kept.
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     model.train()
@@ -136,7 +138,7 @@ def test_the_result_is_a_plain_model():
     assert all(parameter.grad is not None for parameter in small.parameters())
 
 
-def test_it_is_done_at_once():
+def test_a_second_call_finds_nothing_to_remove():
     model = built(lambda: SmallConvNet((3, 10, 10), 10))
     random_ticket(model, 0.5, pattern="filter", exclude=["14"], seed=0)
     with pytest.raises(ValueError, match="can be removed, although 0 has filters that are zero"):
@@ -181,7 +183,7 @@ class Concatenated(nn.Module):
 
 
 class ReadThrice(nn.Module):
-    """One layer, and three that read it, each with a constant of its own."""
+    """One layer, and three that read it, each with another constant."""
 
     def __init__(self):
         super().__init__()
@@ -260,7 +262,7 @@ def test_connection(name, seed):
     assert widths(small) == expected
 
 
-def test_a_shift_that_relu_stops_leaves_nothing_to_carry():
+def test_constants_that_relu_makes_zero_need_no_remaining_channel():
     model = built(lambda: nn.Sequential(conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4, padding=1)))
     with torch.no_grad():
         model[1].bias.copy_(-model[1].bias.abs())
@@ -271,8 +273,8 @@ def test_a_shift_that_relu_stops_leaves_nothing_to_carry():
     assert_equal_outputs(small, model, IMAGES)
 
 
-def test_channels_that_nothing_reads():
-    """Tickets of input channels: the filters before them go, whatever they compute."""
+def test_channels_that_no_layer_reads_are_removed():
+    """Tickets of input channels: the filters before them are removed, whatever they compute."""
     model = built(lambda: SmallConvNet((3, 10, 10), 10))
     random_ticket(model, 0.5, pattern="channel", exclude=["0"], seed=0)
     small = shrink(model, IMAGES)
@@ -290,7 +292,7 @@ class Residual(nn.Module):
         return self.c((y + self.b(y)).relu())
 
 
-def test_channels_that_are_added_go_where_both_masks_agree():
+def test_added_channels_are_removed_where_both_masks_agree():
     model = built(Residual)
     first, second = torch.arange(8) < 5, torch.arange(8) > 2  # the last three; the first three
     masks = {"a.weight": first, "b.weight": first}
@@ -298,7 +300,7 @@ def test_channels_that_are_added_go_where_both_masks_agree():
         model, {name: kept[:, None, None, None].expand(model.get_parameter(name).shape) for name, kept in masks.items()}
     )
     small = shrink(model, IMAGES)
-    assert widths(small) == [(6, 3), (6, 6), (4, 6)]  # with one that carries the constants
+    assert widths(small) == [(6, 3), (6, 6), (4, 6)]  # with one that contributes the constants
     assert_equal_outputs(small, model, IMAGES)
 
     model = built(Residual)
@@ -322,7 +324,7 @@ class FixedSize(nn.Module):
         return self.c(self.b(self.a(x).relu()).relu().view(-1, 8 * 36))
 
 
-def test_a_forward_that_relies_on_the_size_is_left_alone_with_a_warning():
+def test_layers_whose_size_the_forward_relies_on_stay_with_a_warning():
     model = built(FixedSize)
     random_ticket(model, 0.5, pattern="filter", exclude=["c"], seed=0)
     with pytest.warns(UserWarning, match=r"without the zero filters of b: left as they are \(mat1 and mat2 shapes"):
@@ -342,17 +344,17 @@ def test_a_forward_that_relies_on_the_size_is_left_alone_with_a_warning():
     ids=["GN", "LN", "softmax"],
 )
 @pytest.mark.parametrize("pattern", ["filter", "channel"])
-def test_channels_that_are_normalized_together_stay(norm, pattern):
+def test_channels_normalized_together_stay(norm, pattern):
     model = built(lambda: nn.Sequential(conv(3, 8), norm(), conv(8, 8), nn.ReLU(), conv(8, 4)))
     random_ticket(model, 0.5, pattern=pattern, exclude=["4"] if pattern == "filter" else ["0"], seed=0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the outputs would not be the same")  # softmax: found by its outputs
+        warnings.filterwarnings("ignore", message="the outputs would not be the same")  # softmax
         small = shrink(model, IMAGES)
     assert widths(small) == [(8, 3), (4, 8), (4, 4)]
     assert_equal_outputs(small, model, IMAGES)
 
 
-def test_a_constant_that_is_uneven_at_the_border_stays():
+def test_constants_that_are_uneven_at_the_border_stay():
     model = built(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.AvgPool2d(2, padding=1), conv(8, 4)))
     with torch.no_grad():
         model[0].bias.copy_(torch.tensor([1.0, -1.0] * 4))
@@ -376,8 +378,8 @@ def test_attention_keeps_its_size_and_the_mlp_shrinks():
     torch.testing.assert_close(small(other), model(other), rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_that_is_not_zero_at_all_stays_even_if_the_example_does_not_show_it():
-    """Channels that happen to be silent on the example are not removed: their filters are not zero."""
+def test_filters_that_are_not_zero_stay_even_if_constant_on_the_example():
+    """Channels that are constant on the example by chance are not removed."""
     model = built(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
     with torch.no_grad():
         model[0].bias[:4] = -100
@@ -395,7 +397,7 @@ def test_a_layer_keeps_one_channel():
     assert_equal_outputs(small, model, IMAGES)
 
 
-def test_arguments_of_several_kinds():
+def test_example_inputs_of_several_kinds():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -422,3 +424,11 @@ def test_bad_input():
     random_ticket(model, 0.5, pattern="filter", seed=0)
     with pytest.raises(ValueError, match=r"shape \(2, 6\) in which all is 0\.0: .* data, or noise"):
         shrink(model, torch.zeros(2, 6))
+
+
+def test_only_the_call_needs_torch_pruning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"shrink\(\) needs Torch-Pruning: pip install torch-pruning"):
+        shrink(nn.Linear(2, 2), torch.randn(1, 2))
+    code = "import sys, torch_dual_ticket.deploy; assert 'torch_pruning' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Updates that no optimizer of torch makes: ``apply_penalty()``, and what is said where it was forgotten."""
+"""Updates that no optimizer of torch makes: ``apply_penalty()``, and the warnings where its call is missing."""
 
 import copy
 
@@ -46,8 +46,8 @@ class MasterWeights:
 
 
 @pytest.mark.parametrize("through_data", [False, True], ids=["in-place", "through-data"])
-@pytest.mark.parametrize("place", ["tick-after", "tick-before"])
-def test_apply_penalty(place, through_data):
+@pytest.mark.parametrize("position", ["step-after", "step-before"])
+def test_apply_penalty(position, through_data):
     def train(model, side):
         optimizer = Momentum(model.parameters(), through_data=through_data)
         for index in updates(side):
@@ -55,15 +55,15 @@ def test_apply_penalty(place, through_data):
             for part in range(2):
                 loss_of(model, 2 * index + part, SHAPE).backward()
             side.before_update()
-            if not side.by_hand:
+            if not side.is_explicit:
                 side.rst.apply_penalty()
                 side.rst.apply_penalty()  # a second time does nothing
-                if place == "tick-before":
-                    side.tick()
+                if position == "step-before":
+                    side.scheduler_step()
             optimizer.step()
             side.updated()
-            if side.by_hand or place == "tick-after":
-                side.tick()
+            if side.is_explicit or position == "step-after":
+                side.scheduler_step()
         loss_of(model, 0, SHAPE)  # what the last update has moved is zero again at the next forward
 
     assert_same_life(train)
@@ -76,19 +76,19 @@ def test_apply_penalty_on_master_weights():
             model.zero_grad()
             loss_of(model, index, SHAPE).backward()
             side.before_update()
-            if not side.by_hand:
+            if not side.is_explicit:
                 side.rst.apply_penalty()
             optimizer.step()
             side.after_update()
-            if side.by_hand and side.finalized:
+            if side.is_explicit and side.finalized:
                 loss_of(model, index, SHAPE)
         loss_of(model, 0, SHAPE)
 
     assert_same_life(train)
 
 
-@pytest.mark.parametrize("place", ["tick-after", "tick-before"])
-def test_apply_penalty_silences_the_optimizer(place):
+@pytest.mark.parametrize("position", ["step-after", "step-before"])
+def test_apply_penalty_silences_the_optimizer(position):
     """Called in a loop that has an optimizer of torch after all, the penalty comes once."""
 
     def train(model, side):
@@ -97,22 +97,22 @@ def test_apply_penalty_silences_the_optimizer(place):
             optimizer.zero_grad()
             loss_of(model, index, SHAPE).backward()
             side.before_update()
-            if not side.by_hand:
+            if not side.is_explicit:
                 side.rst.apply_penalty()
-                if place == "tick-before":
-                    side.tick()
-            if place == "tick-after":
+                if position == "step-before":
+                    side.scheduler_step()
+            if position == "step-after":
                 model[2].weight.grad.mul_(0.5)  # the gradient does not look as if it had its penalty
             optimizer.step()
             side.updated()
-            if side.by_hand or place == "tick-after":
-                side.tick()
+            if side.is_explicit or position == "step-after":
+                side.scheduler_step()
 
     assert_same_life(train)
 
 
-def test_by_hand_for_a_part_of_the_updates():
-    """A tick ends the silence: the next update by an optimizer of torch carries its penalty again."""
+def test_manual_for_a_part_of_the_updates():
+    """A scheduler step ends the silence: the next update by an optimizer of torch applies its penalty again."""
 
     def train(model, side):
         ours, theirs = torch.optim.SGD(model.parameters(), lr=0.05), Momentum(model.parameters())
@@ -121,7 +121,7 @@ def test_by_hand_for_a_part_of_the_updates():
             loss_of(model, index, SHAPE).backward()
             side.before_update()
             if index % 3 == 0:
-                if not side.by_hand:
+                if not side.is_explicit:
                     side.rst.apply_penalty()
                 theirs.step()
             else:
@@ -147,7 +147,7 @@ def test_apply_penalty_to_gradients_that_leave_no_trace():
 
 
 def test_apply_penalty_to_a_first_gradient_without_a_trace():
-    """The optimizer of torch that goes on from there carries the penalty again, an update later at the most."""
+    """The optimizer of torch that goes on from there applies the penalty again, an update later at the most."""
     layer = nn.Linear(4, 3, bias=False)
     rst = RSTScheduler(layer, sparsity=0.5, steps=4, seed=0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
@@ -173,18 +173,18 @@ def test_apply_penalty_without_a_gradient_silences_nothing():
     rst = RSTScheduler(model, sparsity=0.5, steps=10)
     with pytest.raises(RuntimeError, match="found no gradient"):
         rst.apply_penalty()
-    train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 1)
+    train_without_apply_penalty(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 1)
     assert rst.progress == 0.1
 
 
-def test_weights_that_are_frozen_and_loaded_are_no_updates():
+def test_weights_that_are_frozen_and_loaded_are_not_updates():
     """An average that is swapped in and out for an evaluation, say."""
     model = make(mlp)
     rst = RSTScheduler(model, sparsity=0.5, steps=10)
     model[0].weight.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(3):
-        train_forgetfully(model, optimizer, rst, 1)
+        train_without_apply_penalty(model, optimizer, rst, 1)
         model.load_state_dict(copy.deepcopy(model.state_dict()))
     assert rst.progress == 0.3
 
@@ -198,13 +198,13 @@ def test_apply_penalty_after_remove():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-FORGETFUL = {
+OTHER_OPTIMIZERS = {
     "in-place": lambda model: Momentum(model.parameters()),
     "master-weights": lambda model: MasterWeights(model.parameters()),
 }
 
 
-def train_forgetfully(model, optimizer, rst, count):
+def train_without_apply_penalty(model, optimizer, rst, count):
     for index in range(count):
         model.zero_grad()
         loss_of(model, index, SHAPE).backward()
@@ -212,25 +212,25 @@ def train_forgetfully(model, optimizer, rst, count):
         rst.step()
 
 
-@pytest.mark.parametrize("name", FORGETFUL)
-def test_a_forgotten_penalty_is_noticed_at_once(name):
-    """At the second tick: the weights have changed, and no update carried the penalty."""
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_a_missing_penalty_is_noticed_at_once(name):
+    """At the second scheduler step: the weights have changed, and no update applied the penalty."""
     model = make(mlp)
-    optimizer = FORGETFUL[name](model)
+    optimizer = OTHER_OPTIMIZERS[name](model)
     rst = RSTScheduler(model, sparsity=0.5)
-    train_forgetfully(model, optimizer, rst, 1)
+    train_without_apply_penalty(model, optimizer, rst, 1)
     with pytest.warns(
         UserWarning, match=r"0\.weight.* changed, but no .* penalty: the updates come from .*rst\.apply_penalty\(\)"
     ) as caught:
-        train_forgetfully(model, optimizer, rst, 1)
+        train_without_apply_penalty(model, optimizer, rst, 1)
     assert caught[0].filename == __file__
-    train_forgetfully(model, optimizer, rst, 1)  # it is said once
+    train_without_apply_penalty(model, optimizer, rst, 1)  # it is said once
     assert rst.progress == 0.0
-    with pytest.raises(RuntimeError, match=r"no update ever carried .* rst\.apply_penalty\(\)"):
+    with pytest.raises(RuntimeError, match=r"no update ever applied .* rst\.apply_penalty\(\)"):
         rst.finalize()
 
 
-def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
+def test_a_missing_penalty_that_leaves_no_trace_is_noticed_after_a_while():
     """Through ``.data``, not even the versions of the weights change."""
     model = make(mlp)
     optimizer = Momentum(model.parameters(), through_data=True)
@@ -238,20 +238,20 @@ def test_a_forgotten_penalty_that_leaves_no_trace_is_noticed_after_a_while():
     with pytest.warns(
         UserWarning, match=r"step\(\) was called 1,000 times, but no .*: if there were any, the updates come"
     ):
-        train_forgetfully(model, optimizer, rst, 1000)
+        train_without_apply_penalty(model, optimizer, rst, 1000)
 
 
 def test_an_optimizer_of_another_library_that_takes_over_is_noticed():
-    """What torch's own has carried before does not hide it."""
+    """Penalties that torch's own has applied before do not hide it."""
     model = make(mlp)
     rst = RSTScheduler(model, sparsity=0.5)
-    train_forgetfully(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 3)
-    with pytest.warns(UserWarning, match=r"0\.weight.* changed, but no update carried the penalty"):
-        train_forgetfully(model, Momentum(model.parameters()), rst, 3)
+    train_without_apply_penalty(model, torch.optim.SGD(model.parameters(), lr=0.05), rst, 3)
+    with pytest.warns(UserWarning, match=r"0\.weight.* changed, but no update applied the penalty"):
+        train_without_apply_penalty(model, Momentum(model.parameters()), rst, 3)
 
 
 @pytest.mark.filterwarnings("ignore:the masked weights still held")
-def test_a_forgotten_tick_is_noticed():
+def test_a_missing_scheduler_step_is_noticed():
     """Without it λ never grows, and a loop that waits for rst.done would end with a dense network."""
     layer = nn.Linear(2, 2)
     rst = RSTScheduler(layer, sparsity=0.5, seed=0)
@@ -264,18 +264,18 @@ def test_a_forgotten_tick_is_noticed():
             optimizer.step()
 
     updates(999)
-    with pytest.raises(UserWarning, match="1,000 updates carried"):  # warnings are errors here
+    with pytest.raises(UserWarning, match="1,000 updates applied"):  # warnings are errors here
         updates(1)
     updates(500)  # and no more
     rst.step()
     rst.remove()
     rst = RSTScheduler(layer, sparsity=0.5, seed=0)
     updates(999)
-    with pytest.warns(UserWarning, match=r"1,000 updates carried .* rst\.step\(\) has not .* stays at 0\.0001, and"):
+    with pytest.warns(UserWarning, match=r"1,000 updates applied .* rst\.step\(\) has not .* stays at 0\.0001, and"):
         updates(1)
     updates(1000)
     rst.remove()
-    rst = RSTScheduler(layer, sparsity=0.5, seed=0, steps=10)  # epochs, by the look of it
+    rst = RSTScheduler(layer, sparsity=0.5, seed=0, steps=10)  # epochs, probably
     updates(2000)
     rst.step()
     updates(1100)  # an epoch may be long
@@ -291,11 +291,11 @@ def test_another_optimizer_than_the_one_that_was_given_is_noticed():
     given, used = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
     rst = RSTScheduler(model, sparsity=0.5, optimizer=given)
     with pytest.warns(UserWarning, match=r"penalty: the updates come from something else than the opt"):
-        train_forgetfully(model, used, rst, 2)
+        train_without_apply_penalty(model, used, rst, 2)
 
 
 def test_a_layer_that_is_updated_elsewhere_is_noticed():
-    """One layer is in the hands of another library, the others in torch's."""
+    """One layer is updated by another library, the others by torch."""
     model = make(mlp)
     ours, theirs = torch.optim.SGD(model[2:].parameters(), lr=0.05), Momentum(model[0].parameters())
     rst = RSTScheduler(model, sparsity=0.5)
@@ -305,25 +305,25 @@ def test_a_layer_that_is_updated_elsewhere_is_noticed():
             ours.step()
             theirs.step()
 
-    with pytest.warns(UserWarning, match=r"^0\.weight changed, but no update carried the penalty"):
-        train_forgetfully(model, Both(), rst, 3)
+    with pytest.warns(UserWarning, match=r"^0\.weight changed, but no update applied the penalty"):
+        train_without_apply_penalty(model, Both(), rst, 3)
 
 
 def test_zeros_without_apply_penalty_in_finetuning():
-    """Where it is not called any more after ``finalize()``, each forward puts the zeros right all the same."""
+    """Where it is not called any more after ``finalize()``, each forward restores the zeros all the same."""
     model = make(mlp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     rst = RSTScheduler(model, sparsity=0.5, steps=2)
-    train_forgetfully(model, optimizer, rst, 3)
+    train_without_apply_penalty(model, optimizer, rst, 3)
     finalize_quietly(rst)
-    train_forgetfully(model, Momentum(model.parameters()), rst, 5)
+    train_without_apply_penalty(model, Momentum(model.parameters()), rst, 5)
     loss_of(model, 0, SHAPE)
     for name, kept in rst.masks.items():
         assert (model.get_parameter(name)[~kept] == 0).all()
 
 
 def test_apply_penalty_with_a_layer_that_is_used_twice_in_one_graph():
-    """The zeros of the second forward are no change that would take the first one's weights from backward()."""
+    """The zeros of the second forward are not a change that would take the first one's weights from backward()."""
 
     class Repeated(nn.Module):
         def __init__(self):
@@ -339,7 +339,7 @@ def test_apply_penalty_with_a_layer_that_is_used_twice_in_one_graph():
             model.zero_grad()
             loss_of(model, index, SHAPE).backward()
             side.before_update()
-            if not side.by_hand:
+            if not side.is_explicit:
                 side.rst.apply_penalty()
             optimizer.step()
             side.after_update()
@@ -353,7 +353,7 @@ def test_apply_penalty_puts_zeros_and_gradients_right_in_finetuning():
     model = make(mlp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     rst = RSTScheduler(model, sparsity=0.5, steps=2)
-    train_forgetfully(model, optimizer, rst, 3)
+    train_without_apply_penalty(model, optimizer, rst, 3)
     finalize_quietly(rst)
     for name in rst.masks:
         weight = model.get_parameter(name)

@@ -1,8 +1,8 @@
-"""The hooks that one optimizer has of its own, with this library's between them and the step.
+"""Our hooks next to an optimizer's step, among the hooks that the optimizer has itself.
 
-torch runs hooks for all optimizers before those of one, at both ends: ours would come before a clipping that is a
-pre-hook, and after an average that is a post-hook. So the last pre-hook and the first post-hook are paired with ours,
-each under its own key. A further key would be an error in the step of an optimizer whose hooks go away while they run.
+torch runs global hooks farthest from the step: ours would come before a clipping that is a pre-hook, and after an
+average that is a post-hook. So the last pre-hook and the first post-hook are paired with ours, each under its own key:
+a further key would be an error in the step of an optimizer whose hooks go away while they run.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Hook = Callable[..., Any]
 
-
-class Pair:
+class _Pair:
     """A hook of an optimizer, and the function that calls it and ours."""
 
-    def __init__(self, hook: Hook, both: Callable[..., Any]) -> None:
+    def __init__(self, hook: Callable[..., Any], both: Callable[..., Any]) -> None:
         self.hook = hook
         self._both = torch.compiler.disable(both)  # type: ignore[no-untyped-call]
 
@@ -31,14 +29,14 @@ class Pair:
         return _itself, (self.hook,)  # the copy of an optimizer has its hooks alone
 
 
-def _itself(hook: Hook) -> Hook:
+def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
 def pair(hooks: dict[int, Any], key: int | None, both: Callable[..., Any]) -> None:
     """Pair the hook of this key, and no other; None pairs no hook."""
     for other, hook in list(hooks.items()):
-        if isinstance(hook, Pair) and other != key:
+        if isinstance(hook, _Pair) and other != key:
             hooks[other] = hook.hook
-        elif not isinstance(hook, Pair) and other == key:
-            hooks[other] = Pair(hook, both)
+        elif not isinstance(hook, _Pair) and other == key:
+            hooks[other] = _Pair(hook, both)

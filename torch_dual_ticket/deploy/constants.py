@@ -1,4 +1,4 @@
-"""What a model makes of example inputs: its outputs, and which channels are constant at the layers that read them."""
+"""The outputs for example inputs, and which input channels of a layer are constant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def observe(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], Constants]:
-    """One forward pass: the tensors of the output, and the constants that linear and convolutional layers read."""
+    """One forward pass: the tensors of the output, and the constant inputs of linear and convolutional layers."""
     least: dict[nn.Module, Tensor] = {}
     greatest: dict[nn.Module, Tensor] = {}
 
@@ -41,8 +41,8 @@ def observe(model: nn.Module, example_inputs: Any) -> tuple[list[Tensor], Consta
         least[layer] = torch.minimum(least.get(layer, low), low)  # a layer may be called several times
         greatest[layer] = torch.maximum(greatest.get(layer, high), high)
 
-    readers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd)]
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in readers]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
             outputs = tensors(call(model, example_inputs))
@@ -60,9 +60,9 @@ def _constants(least: Tensor, greatest: Tensor) -> Tensor:
 
 def check_equal(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """The same shapes and dtypes, and the same values up to rounding; ``ValueError`` says by how much they differ."""
-    mine, theirs = [[(tuple(t.shape), t.dtype) for t in some] for some in (outputs, expected)]
-    if mine != theirs:
-        raise ValueError(f"outputs of shapes and dtypes {mine} instead of {theirs}")
+    found, wanted = [[(tuple(t.shape), t.dtype) for t in some] for some in (outputs, expected)]
+    if found != wanted:
+        raise ValueError(f"outputs of shapes and dtypes {found} instead of {wanted}")
     for output, reference in zip(outputs, expected, strict=True):
         if not reference.is_floating_point() and not reference.is_complex():
             if not torch.equal(output, reference):
@@ -75,5 +75,5 @@ def check_equal(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest output: 1e-5 for float32, 2e-14 for float64, 3e-2 for the short types."""
+    """Relative to the largest output: 1e-5 for float32, 2e-14 for float64, 3e-2 for half precision."""
     return min(80 * torch.finfo(dtype).eps, 3e-2)

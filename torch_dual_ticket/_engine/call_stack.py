@@ -1,0 +1,50 @@
+"""What the call stack says about who called: unlike a flag, it is never stale after an exception."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch.nn.utils import prune
+from torch.nn.utils.stateless import _functional_call
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import CodeType, FrameType
+
+_STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__  # of the function that runs hooks around each step
+_APPLY_CODE = prune.BasePruningMethod.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def in_functional_call(frame: FrameType | None) -> bool:
+    """Whether the frame runs inside ``torch.func.functional_call``, which lends a module the caller's tensors."""
+    return any(True for _ in _calls_of(_functional_call.__code__, frame))
+
+
+def name_to_prune(frame: FrameType | None) -> str | None:
+    """What a method of torch.nn.utils.prune is about to prune, if the frame runs inside its ``apply``."""
+    return next((str(call.f_locals["name"]) for call in _calls_of(_APPLY_CODE, frame)), None)
+
+
+def in_dummy_step() -> bool:
+    """Whether the step is one that ``torch.distributed.checkpoint`` makes for a new optimizer to have a state.
+
+    Its gradients and its learning rate are zero; a penalty would stay behind in the momentum.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    return code is not None and any(True for _ in _calls_of(code, sys._getframe(1)))
+
+
+def outer_steps() -> list[Optimizer]:
+    """The optimizers in whose steps the running step was called."""
+    return [call.f_locals["self"] for call in _calls_of(_STEP_CODE, sys._getframe(1))][1:]
+
+
+def _calls_of(code: CodeType, frame: FrameType | None) -> Iterator[FrameType]:
+    """The calls of a function within which the frame runs, innermost first."""
+    while frame is not None:
+        if frame.f_code is code:
+            yield frame
+        frame = frame.f_back

@@ -1,0 +1,161 @@
+"""One managed parameter: where it occurs in the model, its mask on its device, and whether its zeros are in place."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .dtensor import is_sharded, local, placed_like, version
+from .kernels import squared_norms
+from .mask_cache import MaskCache
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from ..masks.mask import Mask
+
+MARK = "_dual_ticket_treated"  # the attribute of a gradient that says for which update it was penalized or masked
+
+
+class WeakOccurrence:
+    """A layer that uses the parameter, and the module that registers it: the layer, or a parametrization in it.
+
+    Modules are referenced weakly: a cycle would keep a dropped model in memory.
+    """
+
+    def __init__(self, layer: nn.Module, tensor_name: str, owner: nn.Module, attribute: str, hook_id: int = -1) -> None:
+        self.layer, self.owner = weakref.ref(layer), weakref.ref(owner)
+        self.tensor_name, self.attribute = tensor_name, attribute
+        self.hook_id = hook_id  # of the forward pre-hook on the layer
+
+    def homes(self) -> Iterator[tuple[weakref.ref[nn.Module], str]]:
+        """Where the parameter may be, and its name there: first in the layer, as a parametrization may be gone."""
+        yield self.layer, self.tensor_name
+        yield self.owner, self.attribute
+
+    def is_in_place(self, inside: Collection[nn.Module] | None) -> bool:
+        """Whether the layer still has its hook, and lives ``inside`` the model with what registers the parameter."""
+        layer, owner = self.layer(), self.owner()
+        if layer is None or self.hook_id not in layer.__dict__.get("_forward_pre_hooks", {}):
+            return False
+        if layer._parameters.get(self.tensor_name) is not None:
+            owner = layer
+        return owner is not None and (inside is None or (layer in inside and owner in inside))
+
+
+class ManagedParameter:
+    """A parameter of a ticket; tied ones occur in several layers.
+
+    The tensor is looked up each time and never kept: ``fully_shard``, ``load_state_dict(assign=True)`` and
+    ``swap_tensors`` replace it.
+    """
+
+    def __init__(self, name: str, *, stores_mask: bool) -> None:
+        self.name = name
+        self.occurrences: list[WeakOccurrence] = []
+        self.cache = MaskCache(name, stored=stores_mask)
+        self.penalized_at = -1  # the serial number of the last penalty batch it was in
+        self.version_at_step: int | None = None  # at the last scheduler step, where nothing had penalized it before
+        self.shard: Tensor | None = None  # the DTensor whose masked weights were set to zero
+        self.hook: Any = None  # the handle of the hook on the gradient
+        self.stamp: tuple[int, int, int] | None = None  # of the tensor when its masked weights were set to zero
+        self._home: Any = _nowhere  # the module that has the tensor, weakly, and its name there
+        self._key = ""
+
+    def tensor(self) -> Tensor | None:
+        """The parameter as it is now; None if its layers are gone, or something has taken it out of them."""
+        module = self._home()
+        found: Tensor | None = None if module is None else module._parameters.get(self._key)
+        if found is not None:
+            return found
+        for occurrence in self.occurrences:
+            for home, key in occurrence.homes():
+                module = home()
+                # A module that is just being copied, or unpickled, has no attributes yet.
+                parameters: dict[str, Any] = {} if module is None else module.__dict__.get("_parameters", {})
+                if parameters.get(key) is not None:
+                    if key == occurrence.tensor_name:  # what a parametrization has may go back to the layer
+                        self._home, self._key = home, key
+                    found = parameters[key]
+                    break
+            if found is not None:
+                break
+        return found
+
+    def check_present(self) -> None:
+        """``RuntimeError`` if something has taken the parameter out of its layer."""
+        if self.tensor() is None:
+            raise RuntimeError(
+                f"{self.name} is not a parameter of its layer any more: a reparametrization (weight_norm, parametrize,"
+                " FSDP1) has replaced it, and it can be neither penalized nor held at zero. Build the scheduler after"
+                f" that; or detach the layer from it with prune.remove(layer, {self.occurrences[0].tensor_name!r})."
+            )
+
+    def layer(self) -> nn.Module | None:
+        """The first layer that uses the parameter and still exists."""
+        return next((layer for one in self.occurrences if (layer := one.layer()) is not None), None)
+
+    def is_in_place(self, inside: Collection[nn.Module] | None = None) -> bool:
+        """Whether a layer that uses it still has its hook, and is ``inside`` the model, where its modules are given."""
+        return any(occurrence.is_in_place(inside) for occurrence in self.occurrences)
+
+    def is_clean(self, parameter: Tensor) -> bool:
+        """Whether the tensor is the one whose masked weights were set to zero, and unchanged since."""
+        return self.stamp == stamp_of(parameter)
+
+    def squared_norms(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
+        """The sums of squares of the masked weights and of all weights in this process's shard."""
+        weight = local(parameter).detach()
+        pieces: Any = self.cache.pieces(mask, parameter, weight, weight, holds=holds)
+        return squared_norms(pieces, 0 if holds else 1, weight.device)
+
+    def gradient_pieces(
+        self, mask: Mask, parameter: Tensor, grad: Tensor, *, holds: bool
+    ) -> Iterable[tuple[Tensor, ...]]:
+        """Gradient, weight and mask, of this process's shard; of a sparse gradient the rows that it has."""
+        if type(grad) is Tensor and type(parameter) is nn.Parameter and not (grad.is_sparse or grad.is_conj()):
+            return self.cache.pieces(mask, parameter, parameter, grad, parameter, holds=holds)  # the common case
+        grad, weight = _writable(parameter, grad), local(parameter)
+        if not grad.is_sparse:
+            return self.cache.pieces(mask, parameter, weight, local(grad), weight, holds=holds)
+        rows = grad._indices()[0]
+        return [(grad._values(), weight[rows], self.cache.whole(mask, parameter, weight, holds=holds)[rows])]
+
+
+def _nowhere() -> None: ...
+
+
+def stamp_of(parameter: Tensor) -> tuple[int, int, int]:
+    """Changes with the tensor, its memory and its values; ``.data = …`` changes the memory alone."""
+    if type(parameter) is nn.Parameter:
+        # What inference mode has made counts no versions: its changes outside optimizers go unseen.
+        return parameter._cdata, parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version
+    return parameter._cdata, local(parameter).data_ptr(), version(parameter)
+
+
+def is_treated(grad: Tensor, update: int) -> bool:
+    """Whether the gradient was penalized or masked for this update, and is unchanged since."""
+    mark = grad.__dict__.get(MARK)
+    if mark is None or mark[1] != update:
+        return False
+    now: int = grad._version if type(grad) is Tensor else version(grad)
+    return bool(mark[0] == now)
+
+
+def note_treated(grads: list[Tensor], update: int) -> None:
+    """Call it after all changes: views of one bucket of DDP share a version."""
+    for grad in grads:
+        grad.__dict__[MARK] = (grad._version if type(grad) is Tensor else version(grad), update)
+
+
+def _writable(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in a form that can be changed in place, sharded as the parameter is."""
+    if grad.is_sparse:
+        grad = parameter.grad = grad.coalesce()
+    elif grad.is_conj():
+        grad = parameter.grad = grad.resolve_conj()
+    elif is_sharded(grad):
+        grad = parameter.grad = placed_like(grad, parameter)
+    return grad

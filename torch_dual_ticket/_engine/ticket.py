@@ -1,0 +1,539 @@
+"""A ticket: the managed parameters of one model, in one of two phases, and what is done to all of them at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cache, partial
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd import Variable
+
+from .batch import Batch
+from .call_stack import in_functional_call
+from .dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
+from .graph_capture import CapturedPenalty
+from .kernels import add_scaled_, add_scaled_all_, clear_, clear_all_
+from .parameter import MARK, ManagedParameter, is_treated, note_treated, stamp_of
+from .updates import Updates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from torch.optim import Optimizer
+
+    from ..masks.mask import Mask
+
+_HOPS = 3  # callbacks at the end of backward() before ours is the last: DDP queues one from within another
+_queue_callback = Variable._execution_engine.queue_callback
+
+
+class Phase(Enum):
+    """What a ticket does with the masked weights."""
+
+    IDLE = "idle"  # nothing: it is not complete yet, was removed, or its scheduler is gone
+    TRANSFORM = "transform"  # penalize them
+    FINETUNE = "finetune"  # hold them at zero
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a ticket is in its life. It is exchanged as a whole, so that no change of phase is ever half made."""
+
+    phase: Phase
+    masks: Mapping[str, Mask]  # by parameter name
+    penalty: float = 0.0  # λ of the next update
+    steps: int = 0  # scheduler steps that counted
+    report: Any = None  # of the end of the transformation
+
+
+class Ticket:
+    """The managed parameters of one model.
+
+    The hooks on the layers own their ticket, so zeros are held for as long as the model lives; a transformation goes on
+    for as long as ``scheduler`` lives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        masks: Mapping[str, Mask],
+        *,
+        scheduler: Any = None,
+        optimizer: Optimizer | None = None,
+        stores_masks: bool = True,
+        patience: int = 0,
+    ) -> None:
+        self.stage = Stage(Phase.IDLE, masks)
+        self.parameters: tuple[ManagedParameter, ...] = ()
+        self.detached: set[str] = set()  # names that prune.remove took out, or whose layers are gone
+        self.stores_masks = stores_masks
+        self.is_released = False
+        self.manual = False  # apply_penalty() was called: there may be updates that no hook sees
+        self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
+        self.updates = Updates()
+        self.serial = 0  # of the last penalty batch
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._model = None if model is None else weakref.ref(model)
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
+        self._captured = CapturedPenalty()
+        self._serial_at_step = 0
+        self._update = 0  # the number of the update that gradients are treated for
+        self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
+        self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
+        self.awaited: list[int] = []  # the backward pass whose end is waited for, if there is one
+        self._hook: Callable[[Tensor], None] | None = None  # on the gradients
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        phase = self.stage.phase
+        is_dropped = phase is Phase.TRANSFORM and (self._scheduler is None or self._scheduler() is None)
+        return Phase.IDLE if is_dropped or self.is_released else phase
+
+    @property
+    def holds(self) -> bool:
+        """Whether the masked weights are held at zero."""
+        return self.stage.phase is Phase.FINETUNE
+
+    def model(self) -> nn.Module | None:
+        """None where it was dropped, or is not known: a copy."""
+        return None if self._model is None else self._model()
+
+    def serve(self, scheduler: Any, model: nn.Module) -> None:
+        """Belong to this copy of a scheduler from now on."""
+        self._scheduler, self._model = weakref.ref(scheduler), weakref.ref(model)
+
+    def mask(self, managed: ManagedParameter) -> Mask:
+        return self.stage.masks[managed.name]
+
+    def managed(self) -> Batch:
+        """All parameters that are there, with their tensors."""
+        known = self._managed
+        tensors = [managed.tensor() for managed in self.parameters]
+        if len(known) != len(tensors) or not all(map(is_, tensors, (tensor for _, tensor in known))):
+            found = zip(self.parameters, tensors, strict=True)
+            self._managed = known = Batch([(managed, tensor) for managed, tensor in found if tensor is not None])
+        return known
+
+    def reshard(self) -> None:
+        """Put the shards of an FSDP2 model in place, so that changes reach them."""
+        if (model := self.model()) is not None:
+            reshard(model)
+
+    # -- changes of phase ----------------------------------------------------------------------------------------------
+
+    def transform(self, masks: Mapping[str, Mask], penalty: float, steps: int) -> None:
+        """Penalize from now on, with these masks and this λ; weights that were held at zero may grow again."""
+        if masks is not self.stage.masks:
+            self._captured.masks_change()
+        self._captured.fill(penalty)
+        was_held, self.stage = self.holds, Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
+        if was_held:
+            self._disconnect(self.parameters)
+
+    def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
+        """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
+        self._captured.masks_change()
+        managed = self.managed()
+        self.zero(Batch([entry for entry in managed if not entry[1].is_meta]), masks, counted=True)
+        for one, parameter in managed:
+            self.connect(one, parameter)
+        self._update += 1  # gradients that were penalized are to be masked
+        self.stage = Stage(Phase.FINETUNE, masks, steps=steps, report=report)  # the switch
+        self.mask_gradients(managed)
+        self._update += 1  # they may still be written to without a trace
+        torch.clear_autocast_cache()  # it may hold casts of the weights as they were
+
+    def release(self) -> None:
+        """Leave a plain model: no hook is left."""
+        self.is_released = True  # the switch: hooks that are still there do nothing
+        self.stage = replace(self.stage, penalty=0.0)
+        self._disconnect(self.parameters)
+        for managed in self.parameters:
+            _remove_layer_hooks(managed)
+        self.parameters, self._managed = (), Batch([])
+
+    def detach(self, managed: ManagedParameter, *, keep_hook: int | None = None) -> None:
+        """One parameter leaves the ticket for good; zeros stay where they are."""
+        self.detached.add(managed.name)
+        self.parameters = tuple(other for other in self.parameters if other is not managed)
+        self._managed = Batch([])
+        self._disconnect([managed])
+        _remove_layer_hooks(managed, keep_hook)
+
+    def detach_lost(self, inside: Collection[nn.Module] | None = None) -> list[str]:
+        """Detach parameters whose layers are gone, or not ``inside`` the model any more, and return their names."""
+        lost = [managed for managed in self.parameters if not managed.is_in_place(inside)]
+        for managed in lost:
+            self.detach(managed)
+        return [managed.name for managed in lost]
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
+        """Mask the gradients of this tensor at the end of each backward pass, before clipping looks at them."""
+        if parameter.is_inference():  # which never has a gradient
+            return
+        self._disconnect([managed])
+        is_frozen = not parameter.requires_grad
+        if is_frozen:  # it may thaw, and torch takes no hook before that
+            parameter.requires_grad_(True)
+        self._hook = self._hook or _gradient_hook(self, self.awaited)
+        managed.hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
+        if is_frozen:
+            parameter.requires_grad_(False)
+        # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
+        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+
+    def _disconnect(self, parameters: Iterable[ManagedParameter]) -> None:
+        for managed in parameters:
+            if managed.hook is not None:
+                managed.hook.remove()
+            managed.hook = None
+
+    def on_gradient(self, parameter: Tensor) -> None:
+        """A backward pass has brought its first gradient; or any, to compiled autograd."""
+        if self.phase is not Phase.FINETUNE:
+            return
+        task = torch._C._current_graph_task_id()
+        if task == -1:  # compiled autograd has no end that could be waited for
+            self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
+            return
+        self.awaited.append(task)
+        _queue_callback(partial(_uncompiled(_at_end), self, _HOPS))
+
+    def on_end_of_backward(self) -> None:
+        """Mask all gradients, and not those alone that have met a hook.
+
+        DDP brings the gradients of other ranks to layers that this one has not used. FSDP2 brings them to shards, which
+        need not be in the model at this moment.
+        """
+        self.awaited.clear()
+        managed = self._managed or self.managed()  # forwards and updates have seen to it that these are the ones
+        self.mask_gradients(managed)
+        shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
+        if shards:
+            self.mask_gradients(Batch(shards))
+
+    @torch.no_grad()
+    def mask_gradients(self, batch: Batch) -> None:
+        """Set the gradients of the masked weights to zero, where that is not done yet."""
+        update, masks = self._update, self.stage.masks
+        grads: list[Tensor] = []
+        kept: list[Tensor] = []
+        others: list[tuple[ManagedParameter, Tensor, Tensor]] = []
+        for (one, parameter), mask in zip(batch, batch.masks(masks, holds=True), strict=True):
+            grad = parameter.grad
+            if grad is None or (MARK in grad.__dict__ and is_treated(grad, update)):
+                continue
+            if mask is None or type(grad) is not Tensor or grad.is_sparse:
+                others.append((one, parameter, grad))
+            else:
+                grads.append(grad)
+                kept.append(mask)
+        clear_all_(grads, kept)
+        clear_(
+            (part, mask)
+            for one, parameter, grad in others
+            for part, _, mask in one.gradient_pieces(masks[one.name], parameter, grad, holds=True)
+        )
+        note_treated([*grads, *(p.grad for _, p, _ in others if p.grad is not None)], update)
+
+    # -- the penalty ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def penalize(
+        self,
+        batch: Batch,
+        optimizer: Optimizer | None = None,
+        *,
+        after: int = -1,
+        outer: Callable[[], set[int]] | None = None,
+    ) -> list[tuple[ManagedParameter, Tensor]]:
+        """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due.
+
+        Args:
+            batch: what to penalize.
+            optimizer: whose step is about to use the gradients; None where no hook sees the update.
+            after: a serial number; what has been penalized since is left out.
+            outer: gives the ids of the parameters that are updated by steps around this one. A step may be made within
+                a step that has penalized the gradient already, and has changed or replaced it since.
+        """
+        update, masks, at_step = self._update, self.stage.masks, self._serial_at_step
+        # First: where an update cannot be captured, nothing is drawn, and nothing changed.
+        given = (grad for _, parameter in batch if (grad := parameter.grad) is not None)
+        factor = self._captured.factor(given, self.stage.penalty)
+        grads: list[Tensor] = []  # of simple parameters, in the order of these three
+        weights: list[Tensor] = []
+        gone: list[Tensor] = []
+        others: list[tuple[ManagedParameter, Tensor, Tensor]] = []
+        maximized: list[tuple[ManagedParameter, Tensor, Tensor]] = []
+        penalized: list[tuple[ManagedParameter, Tensor]] = []
+        is_applied = False
+        updated_outside: set[int] | None = None
+        for entry, group, mask in zip(batch, batch.groups, batch.masks(masks, holds=False), strict=True):
+            one, parameter = entry
+            grad = parameter.grad
+            if grad is None or one.penalized_at > after >= 0:
+                continue
+            if MARK in grad.__dict__ and is_treated(grad, update):
+                is_applied = True  # before a step that raised, or in the step around this one
+                one.penalized_at = self.serial + 1
+                continue
+            if outer is not None and one.penalized_at > at_step:
+                updated_outside = outer() if updated_outside is None else updated_outside
+                if id(parameter) in updated_outside:
+                    continue
+            one.penalized_at = self.serial + 1
+            penalized.append(entry)
+            if group.get("maximize"):
+                maximized.append((one, parameter, grad))
+            elif mask is None or type(grad) is not Tensor or grad.is_sparse:
+                others.append((one, parameter, grad))
+            else:
+                grads.append(grad)
+                weights.append(parameter)
+                gone.append(mask)
+        self.serial += 1
+        if penalized:
+            scale = getattr(optimizer, "grad_scale", None)  # which GradScaler leaves to a fused optimizer to undo
+            factor = factor if scale is None else scale * factor
+            if isinstance(factor, Tensor) or factor != 0:
+                add_scaled_all_(grads, weights, gone, factor)
+                for entries, sign in ((others, 1), (maximized, -1)):
+                    pieces: Any = (
+                        piece
+                        for one, parameter, grad in entries
+                        for piece in one.gradient_pieces(masks[one.name], parameter, grad, holds=False)
+                    )
+                    add_scaled_(pieces, factor if sign > 0 else -factor)
+            note_treated([*grads, *(p.grad for _, p, _ in (*others, *maximized) if p.grad is not None)], update)
+        if optimizer is not None and (penalized or is_applied):
+            self.updates.begin(optimizer)
+        return penalized
+
+    def apply_penalty(self) -> bool:
+        """For loops whose update no hook sees; returns whether a managed parameter had a gradient."""
+        self.reshard()
+        managed = self.managed()
+        if all(parameter.grad is None for _, parameter in managed):
+            return False
+        self.manual = self.silenced = True
+        self._update, self._update_is_over = self._update + (self._update_is_over or self.holds), False
+        if self.holds:
+            self.mask_gradients(managed)
+            self.zero(managed)
+        elif self.penalize(managed):
+            self.updates.note()
+        return True
+
+    @torch.no_grad()
+    def penalty_term(self, managed: Iterable[tuple[ManagedParameter, Tensor]]) -> Tensor | float:
+        """½·λ·‖masked weights‖²: the term of the loss whose gradient the penalty is."""
+        total: Tensor | float = 0.0
+        for one, parameter in managed:
+            squares = one.squared_norms(self.mask(one), parameter, holds=False)[0]
+            total = total + sum_over_shards(squares, parameter)
+        return 0.5 * self.stage.penalty * total
+
+    # -- zeros ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def zero(self, batch: Batch, masks: Mapping[str, Mask] | None = None, *, counted: bool = False) -> None:
+        """Set the masked weights to zero, by default those of the masks that apply now.
+
+        If not ``counted``, backward() does not notice: right where they should be zero already, or where the change
+        that made them something else has been counted.
+        """
+        masks = self.stage.masks if masks is None else masks
+        found = batch.masks(masks, holds=True)
+        simple = [(tensor, kept) for (_, tensor), kept in zip(batch, found, strict=True) if kept is not None]
+        weights = [tensor if counted else tensor.data for tensor, _ in simple]
+        clear_all_(weights, [kept for _, kept in simple])
+        pieces: Any = (
+            piece
+            for (one, parameter), kept in zip(batch, found, strict=True)
+            if kept is None
+            for weight in (local(parameter),)
+            for piece in one.cache.pieces(
+                masks[one.name], parameter, weight, weight if counted else weight.data, holds=True
+            )
+        )
+        clear_(pieces)
+        holds = self.holds
+        for one, parameter in batch:  # after all changes: views of one tensor share a version
+            before, stamp = one.stamp, stamp_of(parameter)
+            one.stamp = stamp
+            one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
+            if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
+                self.connect(one, parameter)
+
+    def before_update(self, batch: Batch) -> None:
+        """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
+        self.awaited.clear()
+        update = self._update
+        missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
+        for one, parameter in missed:
+            self.connect(one, parameter)
+        if missed:
+            self.mask_gradients(batch)
+
+    def after_update(self, batch: Batch) -> None:
+        self.zero(batch)
+        self._update += 1
+
+    def at_forward(self, managed: ManagedParameter, layer: nn.Module) -> None:
+        """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back."""
+        self.awaited.clear()  # a backward pass that raised has not come to its end
+        parameter = managed.tensor()
+        if parameter is None and layer is managed.layer() and managed.is_in_place():
+            managed.check_present()
+        # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
+        if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
+            return
+        shard = managed.shard
+        if shard is not None and mesh_of(parameter) != mesh_of(shard):
+            # FSDP2 has gathered the parameter for this forward: a passing copy of shards that are managed themselves.
+            if self.manual or not managed.is_clean(shard):
+                self.zero(Batch([(managed, shard)]))
+                kept = self.mask(managed).draw(device=parameter.device)
+                clear_([(local(parameter).data, kept.view(torch.uint8))])
+        elif self.manual or not managed.is_clean(parameter):
+            self._managed = Batch([])
+            is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
+            if is_known or not in_functional_call(sys._getframe(1)):
+                self.zero(Batch([(managed, parameter)]))
+                self.connect(managed, parameter)  # a tensor that was swapped can have the address of the one before
+                self.mask_gradients(Batch([(managed, parameter)]))
+
+    # -- scheduler steps -----------------------------------------------------------------------------------------------
+
+    def all_penalized(self) -> bool:
+        """Whether every parameter was penalized since the last scheduler step; so none of them is out of reach."""
+        return all(managed.penalized_at > self._serial_at_step for managed in self.parameters)
+
+    def counts(self, *, is_last: bool) -> bool:
+        """Whether a scheduler step counts now; for certain, if it is the last one.
+
+        Replays of a CUDA graph are not seen: one is taken for granted.
+        """
+        self._captured.check_not_capturing()
+        return self.updates.settle(wait=is_last) or self._captured.is_captured
+
+    def begin_step(self) -> list[str]:
+        """Begin a new scheduler step; returns the parameters that have changed without a penalty since the last one."""
+        bypassed = []
+        for managed in self.parameters:
+            before, managed.version_at_step = managed.version_at_step, None
+            if managed.penalized_at > self._serial_at_step or self._captured.is_captured:
+                continue
+            tensor = managed.tensor()
+            if tensor is not None and tensor.requires_grad:
+                managed.version_at_step = version(tensor)
+                if before not in (None, managed.version_at_step):
+                    bypassed.append(managed.name)
+        if self.updates.pending and self.silenced:  # what is done manually may come before this step and the update
+            self._update_is_over = True
+        elif self.updates.pending:
+            self._update += 1
+        self._restart(pending=False)
+        return bypassed
+
+    def resume(self, *, pending: bool) -> None:
+        """Go on from a saved state: what was applied here before counts no more."""
+        self.updates = Updates()
+        self._update, self._update_is_over = self._update + 1, False
+        self._restart(pending=pending)
+        for managed in self.parameters:
+            managed.version_at_step = None
+
+    def _restart(self, *, pending: bool) -> None:
+        self.updates.restart(pending=pending)
+        self.silenced, self._patience = False, 0
+        self._serial_at_step = self.serial
+
+    def note_update(self, optimizer: Optimizer) -> None:
+        """A step of the optimizer is over."""
+        self.updates.complete(optimizer)
+        made = self.updates.by[id(optimizer)]
+        if self._patience and made >= self._patience:
+            self._patience = 0
+            warnings.warn(
+                f"{made:,} updates applied the penalty, and rst.step() has not been called: λ stays at"
+                f" {self.stage.penalty:.3g}, and the schedule does not end, until it is. Call it after each"
+                " optimizer.step(), or after each epoch if steps and hold count epochs.",
+                stacklevel=2,
+            )
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("manual", "stores_masks", "detached")
+        return {"stage": replace(self.stage, masks={}), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(None, {})  # type: ignore[misc]
+        self.__dict__.update(state)  # the hooks of the copied layers adopt their parameters
+
+    def adopt(self, name: str, mask: Mask) -> ManagedParameter:
+        """The parameter of this name, which is new to this ticket where a copied layer is the first to have it."""
+        known = next((managed for managed in self.parameters if managed.name == name), None)
+        if known is not None:
+            return known
+        self.stage = replace(self.stage, masks={**self.stage.masks, name: mask})
+        self.parameters = (*self.parameters, ManagedParameter(name, stores_mask=self.stores_masks))
+        return self.parameters[-1]
+
+
+def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None) -> None:
+    for occurrence in managed.occurrences:
+        layer = occurrence.layer()
+        hooks: dict[int, Any] = {} if layer is None else layer._forward_pre_hooks
+        if occurrence.hook_id != keep_hook and getattr(hooks.get(occurrence.hook_id), "managed", None) is managed:
+            del hooks[occurrence.hook_id]
+
+
+def _gradient_hook(ticket: Ticket, awaited: list[Any]) -> Callable[[Tensor], None]:
+    """The hook on the gradients of a ticket's parameters: kept short, as it is called for each of them.
+
+    ``awaited`` is not empty while the end of the backward pass is waited for.
+    """
+    from torch._dynamo.decorators import skip  # not at import, where it loads the compiler
+
+    ref, on_gradient = weakref.ref(ticket), _uncompiled(_on_gradient)
+
+    def hook(parameter: Tensor) -> None:
+        if not awaited:
+            on_gradient(ref, parameter)
+
+    return skip(hook)  # compiled training steps would trace into it; without the cost of a wrapper
+
+
+def _on_gradient(ref: weakref.ref[Ticket], parameter: Tensor) -> None:
+    ticket = ref()
+    if ticket is not None:
+        ticket.on_gradient(parameter)
+
+
+def _at_end(ticket: Ticket, hops: int) -> None:
+    if hops:
+        _queue_callback(partial(_uncompiled(_at_end), ticket, hops - 1))
+    else:
+        ticket.on_end_of_backward()
+
+
+@cache
+def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Marked: a compiled training step would trace into it. Not at import, where that loads the compiler."""
+    marked: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return marked

@@ -1,0 +1,75 @@
+"""Did an update happen? Whether the penalty was applied since the last scheduler step, and by which optimizers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from .async_scalar import AsyncScalar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+class Updates:
+    """The updates that applied the penalty since the last scheduler step.
+
+    One counts when its optimizer's step is over: one that raised does not, nor does one that ``GradScaler`` made void
+    because of infinities. With a fused optimizer only the device knows that, and the host must not wait for it: there
+    an update counts at first, and if it turns out to have been void, a later one does not count in its place.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+        self.ever = False
+        self.by: Counter[int] = Counter()  # updates since the last scheduler step, by the id of the optimizer
+        self._begun: int | None = None  # id of the optimizer whose step is about to apply the penalty
+        self._found_inf: Tensor | None = None  # 0 if one of the updates since the last scheduler step was not void
+        self._outcomes: list[AsyncScalar] = []  # of scheduler steps that counted without knowing
+        self._void = 0  # of those, how many were void and are still to be made up for
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """The optimizer's step is about to use gradients that have the penalty in them."""
+        self._begun = id(optimizer)
+
+    def complete(self, optimizer: Optimizer) -> None:
+        """The optimizer's step is over."""
+        if self._begun != id(optimizer):
+            return
+        self._begun = None
+        self.by[id(optimizer)] += 1
+        found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler where a fused optimizer skips the step
+        if found_inf is None:
+            self.note()
+        else:
+            self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+
+    def note(self) -> None:
+        """An update has applied the penalty."""
+        self.pending = self.ever = True
+
+    def settle(self, *, wait: bool) -> bool:
+        """Whether a scheduler step counts now; with ``wait`` that is certain, but may wait for the device."""
+        if self._found_inf is not None and not self.pending:
+            self._outcomes.append(AsyncScalar(self._found_inf))
+            self.pending = True
+        self._found_inf = None
+        while self._outcomes and (wait or self._outcomes[0].has_arrived()):
+            outcome = self._outcomes.pop(0)
+            if wait:
+                outcome.wait()
+            self._void += bool(outcome.values.item())
+        if self.pending and self._void:
+            self.pending, self._void = False, self._void - 1
+        self.ever = self.ever or self.pending
+        return self.pending
+
+    def restart(self, *, pending: bool = False) -> None:
+        """Begin the next scheduler step; ``pending`` as a saved state says."""
+        self.pending = pending
+        self.ever = self.ever or pending
+        self.by.clear()
+        self._begun = None

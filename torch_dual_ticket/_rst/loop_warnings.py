@@ -1,0 +1,56 @@
+"""What is said where a loop has left out a call, or the model has left out a layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._engine.ticket import Ticket
+
+_IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
+
+
+class MissingPenalty:
+    """Warns, once, of weights that change while no update applies the penalty, or of steps that pass."""
+
+    def __init__(self) -> None:
+        self._idle_steps = 0
+        self._is_said = False
+
+    def look(self, ticket: Ticket, changed: Sequence[str]) -> None:
+        """Call it at each scheduler step, with the parameters that have changed without a penalty."""
+        self._idle_steps += not ticket.updates.ever
+        if self._is_said or not (changed or self._idle_steps >= _IDLE_STEPS):
+            return
+        self._is_said = True
+        what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {_IDLE_STEPS:,} times"
+        others = (
+            "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
+            " optimizer of another library or of another model)"
+            if ticket.optimizer is None
+            else "something else than the optimizer that was given to the scheduler"
+        )
+        yet = "" if changed else "if there were any, "
+        warnings.warn(
+            f"{what}, but no update applied the penalty: {yet}the updates come from {others}. Call rst.apply_penalty()"
+            " after backward(), before each such update.",
+            stacklevel=3,
+        )
+
+
+def patience(steps: int) -> int:
+    """Updates after which a scheduler step is missed; a schedule of few steps may count epochs, which can be long."""
+    return 1_000 if steps >= 1_000 else 10_000
+
+
+def warn_of_lost_layers(names: Sequence[str], stacklevel: int) -> None:
+    """Of parameters whose layers are gone, or have no hook of ours any more."""
+    warnings.warn(
+        f"{', '.join(names[:3])}{', …' if names[3:] else ''} will not be pruned any more: the layer was dropped"
+        " or replaced in the model, or its hooks were cleared, after the scheduler was built. To prune what is"
+        " in its place, build a new RSTScheduler, after remove() on this one.",
+        stacklevel=stacklevel,
+    )
