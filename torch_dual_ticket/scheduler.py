@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._engine.layer_hook import layer_hooks, manage
+from ._engine import layer_hook
+from ._engine.layer_hook import manage
 from ._engine.ticket import Phase, Stage, Ticket
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import mask_view, validation
@@ -358,5 +359,4 @@ def release(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"release() takes a torch.nn.Module, got {type(model).__name__}: give the model itself")
-    for ticket in {hook.ticket for hook in layer_hooks(model)}:
-        ticket.release()
+    layer_hook.release(model)

@@ -782,3 +782,21 @@ def test_a_scheduler_of_another_model_costs_a_step_one_lookup(monkeypatch):
     train(model, optimizer, range(1, 2), rst)
     assert len([managed for managed in looked_up if managed in other._ticket.parameters]) <= 1
     assert looked_up
+
+
+def test_stock_functions_on_a_layer_of_a_dropped_scheduler():
+    model = make(mlp)
+    RSTScheduler(model, sparsity=0.5)  # dropped at once
+    with pytest.raises(RuntimeError, match=r"was dropped: torch_dual_ticket\.release\(model\)"):
+        prune.l1_unstructured(model[2], "weight", 0.3)
+    release(model)
+    prune.l1_unstructured(model[2], "weight", 0.3)
+
+
+def test_release_takes_off_what_stands_in_a_copy():
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5)
+    duplicate = copy.deepcopy(model)
+    release(duplicate)
+    assert pre_hooks(duplicate) == 0
+    assert pre_hooks(model) == len(rst.masks)

@@ -43,7 +43,7 @@ class LayerHook(prune.BasePruningMethod):
         parameter = module._parameters.get(self._occurrence.tensor_name)
         if (  # the common case, written out: it is passed more often than any other line
             type(parameter) is nn.Parameter
-            and not (ticket.manual or ticket.awaited or parameter.is_inference())
+            and not (ticket.manual or parameter.is_inference())
             and self.managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version)
         ):
             return
@@ -56,10 +56,15 @@ class LayerHook(prune.BasePruningMethod):
         """What torch.nn.utils.prune compares by: its functions ask for it before they change anything."""
         name = self._occurrence.tensor_name
         if name_to_prune(sys._getframe(1)) == name:
+            advice = (
+                "The scheduler was dropped: torch_dual_ticket.release(model) takes off what it has left there."
+                if self.ticket.phase is Phase.IDLE
+                else "After finalize(), to_prune() on the scheduler turns the model into the layout that the stock"
+                f" functions work on; or detach this layer from the scheduler with prune.remove(layer, {name!r})."
+            )
             raise RuntimeError(
                 f"{self.managed.name} is managed by an RSTScheduler, and torch.nn.utils.prune cannot prune on top of"
-                " that. After finalize(), to_prune() on the scheduler turns the model into the layout that the stock"
-                f" functions work on; or detach this layer from the scheduler with prune.remove(layer, {name!r})."
+                f" that. {advice}"
             )
         return name
 
@@ -129,6 +134,16 @@ def layer_hooks(model: nn.Module) -> Iterator[LayerHook]:
     """The hooks of tickets on the layers of the model."""
     for module in model.modules():
         yield from (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, LayerHook))
+
+
+def release(model: nn.Module) -> None:
+    """Take all hooks of this library off the layers of the model, and end what they belong to."""
+    for ticket in {hook.ticket for hook in layer_hooks(model)}:
+        ticket.release()
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, NoOpHook):
+                del module._forward_pre_hooks[key]
 
 
 def managed_parameters() -> set[int]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOPS = 3  # callbacks at the end of backward() before ours is the last: DDP queues one from within another
 _queue_callback = Variable._execution_engine.queue_callback
+_current_task = torch._C._current_graph_task_id
 
 
 class Phase(Enum):
@@ -89,7 +90,7 @@ class Ticket:
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
-        self.awaited: list[int] = []  # the backward pass whose end is waited for, if there is one
+        self._awaited: list[int | None] = [None]  # the number of the backward pass whose end is waited for
         self._hook: Callable[[Tensor], None] | None = None  # on the gradients
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class Ticket:
         is_frozen = not parameter.requires_grad
         if is_frozen:  # it may thaw, and torch takes no hook before that
             parameter.requires_grad_(True)
-        self._hook = self._hook or _gradient_hook(self, self.awaited)
+        self._hook = self._hook or _gradient_hook(self, self._awaited)
         managed.hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
         if is_frozen:
             parameter.requires_grad_(False)
@@ -205,11 +206,11 @@ class Ticket:
         """A backward pass has brought its first gradient; or any, to compiled autograd."""
         if self.phase is not Phase.FINETUNE:
             return
-        task = torch._C._current_graph_task_id()
+        task = _current_task()
         if task == -1:  # compiled autograd has no end that could be waited for
             self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
             return
-        self.awaited.append(task)
+        self._awaited[0] = task
         _queue_callback(partial(_uncompiled(_at_end), self, _HOPS))
 
     def on_end_of_backward(self) -> None:
@@ -218,7 +219,7 @@ class Ticket:
         DDP brings the gradients of other ranks to layers that this one has not used. FSDP2 brings them to shards, which
         need not be in the model at this moment.
         """
-        self.awaited.clear()
+        self._awaited[0] = None
         managed = self._managed or self.managed()  # forwards and updates have seen to it that these are the ones
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
@@ -380,7 +381,6 @@ class Ticket:
 
     def before_update(self, batch: Batch) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
-        self.awaited.clear()
         update = self._update
         missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
         for one, parameter in missed:
@@ -394,7 +394,6 @@ class Ticket:
 
     def at_forward(self, managed: ManagedParameter, layer: nn.Module) -> None:
         """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back."""
-        self.awaited.clear()  # a backward pass that raised has not come to its end
         parameter = managed.tensor()
         if parameter is None and layer is managed.layer() and managed.is_in_place():
             managed.check_present()
@@ -503,17 +502,17 @@ def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None)
             del hooks[occurrence.hook_id]
 
 
-def _gradient_hook(ticket: Ticket, awaited: list[Any]) -> Callable[[Tensor], None]:
+def _gradient_hook(ticket: Ticket, awaited: list[int | None]) -> Callable[[Tensor], None]:
     """The hook on the gradients of a ticket's parameters: kept short, as it is called for each of them.
 
-    ``awaited`` is not empty while the end of the backward pass is waited for.
+    ``awaited`` is the number of the backward pass whose end is waited for: it stays there if that pass raises.
     """
     from torch._dynamo.decorators import skip  # not at import, where it loads the compiler
 
     ref, on_gradient = weakref.ref(ticket), _uncompiled(_on_gradient)
 
     def hook(parameter: Tensor) -> None:
-        if not awaited:
+        if awaited[0] != _current_task():
             on_gradient(ref, parameter)
 
     return skip(hook)  # compiled training steps would trace into it; without the cost of a wrapper

@@ -82,12 +82,17 @@ class World:
             assert observed == expected, f"scheduler {index}: (phase, λ, progress, done) {observed}, not {expected}"
 
     def check_weights(self, mine: nn.Module, theirs: nn.Module, tolerance: float) -> None:
-        masked = self._masked_weights()
-        states = mine.state_dict(), theirs.state_dict()
+        masked = self._masked_weights() if mine is self.mine.model else {}
+        states = [
+            {name.removeprefix("_orig_mod."): value for name, value in model.state_dict().items()}
+            for model in (mine, theirs)
+        ]
         assert states[0].keys() == states[1].keys()
         for name, expected in states[1].items():
-            found, where = states[0][name], masked.get(name)
-            if where is not None and mine is self.mine.model:
+            found = states[0][name]
+            # A tied weight has several names here, and its mask is known by the first.
+            where = next((gone for known, gone in masked.items() if is_same(states[0][known], found)), None)
+            if where is not None:
                 if self.is_dirty:
                     found, expected = found.masked_fill(where, 0), expected.masked_fill(where, 0)
                 else:
@@ -202,3 +207,7 @@ def minimized(setup: Setup, seed: int, actions: list[Action]) -> tuple[list[Acti
             size //= 2
         elif not dropped:
             return actions, failure
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
