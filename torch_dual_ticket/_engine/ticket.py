@@ -453,6 +453,10 @@ class Ticket:
         self.updates = Updates()
         self._update, self._update_is_over = self._update + 1, False
         self._restart(pending=pending)
+        self.forget_versions()
+
+    def forget_versions(self) -> None:
+        """Whatever changes the weights now needs no penalty."""
         for managed in self.parameters:
             managed.version_at_step = None
 
