@@ -12,6 +12,8 @@ from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket._engine import graph_capture
+from torch_dual_ticket._engine.mask_cache import MaskCache
+from torch_dual_ticket.masks.explicit import ExplicitMask
 
 STEPS = 6
 
@@ -123,3 +125,18 @@ def test_what_must_not_be_captured(capturing):
     capturing(False)
     rst.step()
     assert rst.progress == 1 / STEPS
+
+
+# ----------------------------------------------------- masks in lists
+
+
+def test_a_list_of_masks_stays_as_it_was_when_the_phase_changes():
+    """An update keeps its list; where finalize() is interrupted, it is still used."""
+    weight = nn.Parameter(torch.zeros(90, 60))  # large enough for a mask in uint8
+    kept = torch.arange(90 * 60).view(90, 60) % 3 == 0
+    mask, cache = ExplicitMask(kept), MaskCache("weight", stored=True)
+    penalized = cache.whole(mask, weight, weight, holds=False)
+    assert penalized.dtype is torch.uint8
+    held = cache.whole(mask, weight, weight, holds=True)
+    assert torch.equal(penalized.bool(), ~kept)
+    assert torch.equal(held.bool(), kept)

@@ -75,8 +75,6 @@ class MaskCache:
         ):
             return cached.tensor
         layout = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
-        # Dropped first: where an interruption comes in between, the mask is drawn anew and never used half changed.
-        self._cached = None
         with torch.inference_mode(False):  # a mask that is kept outlives an evaluation in inference mode
             if cached is not None and cached.layout == layout and cached.mask == mask:
                 tensor = cached.tensor if cached.holds is holds else _inverted(cached.tensor, weight, holds)
@@ -97,9 +95,9 @@ class MaskCache:
 
 
 def _inverted(tensor: Tensor, weight: Tensor, holds: bool) -> Tensor:
-    """The form for the other phase; a uint8 mask takes no further memory."""
+    """The form for the other phase, in new memory: lists made before the change may still have the one before."""
     if tensor.dtype is torch.uint8:
-        return tensor.bitwise_xor_(1)
+        return tensor.bitwise_xor(1)
     return _formed(tensor == 0 if holds else tensor != 0, weight, holds)
 
 
