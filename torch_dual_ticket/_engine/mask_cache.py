@@ -77,7 +77,9 @@ class MaskCache:
         layout = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
         with torch.inference_mode(False):  # a mask that is kept outlives an evaluation in inference mode
             if cached is not None and cached.layout == layout and cached.mask == mask:
-                tensor = cached.tensor if cached.holds is holds else _inverted(cached.tensor, weight, holds)
+                tensor = cached.tensor
+                if cached.holds is not holds:  # in new memory: an older list may still have this one
+                    tensor = _formed(tensor == 0 if holds else tensor != 0, weight, holds)
             else:
                 self._check_shape(mask, parameter, weight)
                 offset, size = local_offset(parameter), tuple(weight.shape)
@@ -92,13 +94,6 @@ class MaskCache:
                 f"{self._name} has shape {tuple(weight.shape)}, but had {mask.shape} when the scheduler was"
                 " built. Build a new one, after remove() on this one. (FSDP1 flattens parameters; use fully_shard.)"
             )
-
-
-def _inverted(tensor: Tensor, weight: Tensor, holds: bool) -> Tensor:
-    """The form for the other phase, in new memory: lists made before the change may still have the one before."""
-    if tensor.dtype is torch.uint8:
-        return tensor.bitwise_xor(1)
-    return _formed(tensor == 0 if holds else tensor != 0, weight, holds)
 
 
 def _formed(kept: Tensor, weight: Tensor, holds: bool) -> Tensor:
