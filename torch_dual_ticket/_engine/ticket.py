@@ -119,10 +119,10 @@ class Ticket:
 
     def managed(self) -> Batch:
         """All parameters that are there, with their tensors."""
-        known = self._managed
-        tensors = [managed.tensor() for managed in self.parameters]
+        known, parameters = self._managed, self.parameters  # once: a copy in another thread may add to them
+        tensors = [managed.tensor() for managed in parameters]
         if len(known) != len(tensors) or not all(map(is_, tensors, (tensor for _, tensor in known))):
-            found = zip(self.parameters, tensors, strict=True)
+            found = zip(parameters, tensors, strict=True)
             self._managed = known = Batch([(managed, tensor) for managed, tensor in found if tensor is not None])
         return known
 
