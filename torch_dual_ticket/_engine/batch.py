@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .kernels import is_simple
+from .kernels import bits, is_simple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +26,7 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         self._ordinary = [tensor for _, tensor in self if type(tensor) is nn.Parameter and not tensor.is_meta]
         self._made_for: tuple[Any, ...] = ()
         self._masks: list[Tensor | None] = []
+        self._bits: list[Tensor] = []
 
     def masks(self, masks: Mapping[str, Mask], *, holds: bool) -> list[Tensor | None]:
         """For each parameter the mask for one operation on all of them; None where it takes more than that.
@@ -41,5 +42,12 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
                 else None
                 for one, tensor in self
             ]
-            self._made_for = masks, holds, memory
+            self._made_for, self._bits = (masks, holds, memory), []
         return self._masks
+
+    def bits(self) -> list[Tensor]:
+        """The bits of the parameters for which :meth:`masks` has just found one; backward() sees no change to them."""
+        if not self._bits:
+            found = zip(self, self._masks, strict=True)
+            self._bits = [bits(tensor.data) for (_, tensor), mask in found if mask is not None]
+        return self._bits

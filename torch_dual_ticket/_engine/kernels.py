@@ -56,14 +56,19 @@ def add_scaled_(pieces: Iterable[tuple[Tensor, Tensor, Tensor]], factor: float |
                 grad_part.addcmul_(weight_part, mask_part, value=factor)
 
 
-def clear_all_(tensors: list[Tensor], masks: list[Tensor]) -> None:
-    """Set the elements where the mask is 0 to exactly +0, whatever they were, in tensors of simple weights.
+def bits(tensor: Tensor) -> Tensor:
+    """The elements as integers of their size: the same memory."""
+    return tensor.view(INTEGER_OF_SIZE[tensor.itemsize])
 
-    Multiplies the bit patterns, as integers: a floating-point product would make NaN of NaN and infinities, and -0 of
-    negative numbers. A mask is 1 elsewhere, as uint8 or as an integer of the tensor's size.
+
+def clear_all_(tensors: list[Tensor], masks: list[Tensor]) -> None:
+    """Set the elements where the mask is 0 to exactly +0, whatever they were, in the :func:`bits` of simple weights.
+
+    A floating-point product would make NaN of NaN and infinities, and -0 of negative numbers. A mask is 1 elsewhere, as
+    uint8 or as an integer of the tensor's size.
     """
     if tensors:
-        torch._foreach_mul_([tensor.view(INTEGER_OF_SIZE[tensor.itemsize]) for tensor in tensors], masks)
+        torch._foreach_mul_(tensors, masks)
 
 
 def clear_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -72,11 +77,11 @@ def clear_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
             mask = mask.unsqueeze(-1).expand(tensor.shape)
-        bits = tensor.view(INTEGER_OF_SIZE[tensor.itemsize])
-        if mask.dtype is bits.dtype or not _on_cpu(bits):
-            bits.mul_(mask)
+        integers = bits(tensor)
+        if mask.dtype is integers.dtype or not _on_cpu(integers):
+            integers.mul_(mask)
         else:
-            for part, kept in _widened(bits, mask):
+            for part, kept in _widened(integers, mask):
                 part.mul_(kept)
 
 

@@ -41,12 +41,12 @@ class LayerHook(prune.BasePruningMethod):
         if ticket.stage.phase is not Phase.FINETUNE or ticket.is_released:
             return
         parameter = module._parameters.get(self._occurrence.tensor_name)
-        if (  # the common case, written out: it is passed more often than any other line
-            type(parameter) is nn.Parameter
-            and not (ticket.manual or parameter.is_inference())
-            and self.managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version)
-        ):
-            return
+        if type(parameter) is nn.Parameter and not ticket.manual:  # the common case, passed more often than any other
+            try:
+                if self.managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version):
+                    return
+            except RuntimeError:  # made in inference mode: it has no version
+                pass
         ticket.at_forward(self.managed, module)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------

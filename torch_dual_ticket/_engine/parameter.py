@@ -57,7 +57,6 @@ class ManagedParameter:
         self.occurrences: list[WeakOccurrence] = []
         self.cache = MaskCache(name, stored=stores_mask)
         self.penalized_at = -1  # the serial number of the last penalty batch it was in
-        self.version_at_step: int | None = None  # at the last scheduler step, where nothing had penalized it before
         self.shard: Tensor | None = None  # the DTensor whose masked weights were set to zero
         self.hook: Any = None  # the handle of the hook on the gradient
         self.stamp: tuple[int, int, int] | None = None  # of the tensor when its masked weights were set to zero
@@ -110,6 +109,11 @@ class ManagedParameter:
         weight = local(parameter).detach()
         pieces: Any = self.cache.pieces(mask, parameter, weight, weight, holds=holds)
         return squared_norms(pieces, 0 if holds else 1, weight.device)
+
+    def weight_pieces(self, mask: Mask, parameter: Tensor, *, counted: bool) -> Iterable[Any]:
+        """Weight and mask, of this process's shard; backward() does not notice changes that are not ``counted``."""
+        weight = local(parameter)
+        return self.cache.pieces(mask, parameter, weight, weight if counted else weight.data, holds=True)
 
     def gradient_pieces(
         self, mask: Mask, parameter: Tensor, grad: Tensor, *, holds: bool

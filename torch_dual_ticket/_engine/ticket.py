@@ -20,7 +20,7 @@ from .batch import Batch
 from .call_stack import in_functional_call
 from .dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
 from .graph_capture import CapturedPenalty
-from .kernels import add_scaled_, add_scaled_all_, clear_, clear_all_
+from .kernels import add_scaled_, add_scaled_all_, bits, clear_, clear_all_
 from .parameter import MARK, ManagedParameter, is_treated, note_treated, stamp_of
 from .updates import Updates
 
@@ -87,6 +87,7 @@ class Ticket:
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
         self._captured = CapturedPenalty()
         self._serial_at_step = 0
+        self._versions: dict[str, int] = {}  # at the last scheduler step, of what had not been penalized before it
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
@@ -242,7 +243,7 @@ class Ticket:
             else:
                 grads.append(grad)
                 kept.append(mask)
-        clear_all_(grads, kept)
+        clear_all_([bits(grad) for grad in grads], kept)
         clear_(
             (part, mask)
             for one, parameter, grad in others
@@ -358,19 +359,11 @@ class Ticket:
         """
         masks = self.stage.masks if masks is None else masks
         found = batch.masks(masks, holds=True)
-        simple = [(tensor, kept) for (_, tensor), kept in zip(batch, found, strict=True) if kept is not None]
-        weights = [tensor if counted else tensor.data for tensor, _ in simple]
+        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
+        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
         clear_all_(weights, [kept for _, kept in simple])
-        pieces: Any = (
-            piece
-            for (one, parameter), kept in zip(batch, found, strict=True)
-            if kept is None
-            for weight in (local(parameter),)
-            for piece in one.cache.pieces(
-                masks[one.name], parameter, weight, weight if counted else weight.data, holds=True
-            )
-        )
-        clear_(pieces)
+        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
+        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
         holds = self.holds
         for one, parameter in batch:  # after all changes: views of one tensor share a version
             before, stamp = one.stamp, stamp_of(parameter)
@@ -431,16 +424,13 @@ class Ticket:
 
     def begin_step(self) -> list[str]:
         """Begin a new scheduler step; returns the parameters that have changed without a penalty since the last one."""
-        bypassed = []
-        for managed in self.parameters:
-            before, managed.version_at_step = managed.version_at_step, None
-            if managed.penalized_at > self._serial_at_step or self._captured.is_captured:
-                continue
-            tensor = managed.tensor()
-            if tensor is not None and tensor.requires_grad:
-                managed.version_at_step = version(tensor)
-                if before not in (None, managed.version_at_step):
-                    bypassed.append(managed.name)
+        before, self._versions = self._versions, {}
+        if not (self.all_penalized() or self._captured.is_captured):
+            for managed in self.parameters:
+                tensor = managed.tensor() if managed.penalized_at <= self._serial_at_step else None
+                if tensor is not None and tensor.requires_grad:
+                    self._versions[managed.name] = version(tensor)
+        bypassed = [name for name, now in self._versions.items() if before.get(name, now) != now]
         if self.updates.pending and self.silenced:  # what is done manually may come before this step and the update
             self._update_is_over = True
         elif self.updates.pending:
@@ -457,8 +447,7 @@ class Ticket:
 
     def forget_versions(self) -> None:
         """Whatever changes the weights now needs no penalty."""
-        for managed in self.parameters:
-            managed.version_at_step = None
+        self._versions = {}
 
     def _restart(self, *, pending: bool) -> None:
         self.updates.restart(pending=pending)
