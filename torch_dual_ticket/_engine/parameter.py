@@ -100,6 +100,12 @@ class ManagedParameter:
         """Whether a layer that uses it still has its hook, and is ``inside`` the model, where its modules are given."""
         return any(occurrence.is_in_place(inside) for occurrence in self.occurrences)
 
+    def disconnect(self) -> None:
+        """Remove the hook on the gradient."""
+        if self.hook is not None:
+            self.hook.remove()
+        self.hook = None
+
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the tensor is the one whose masked weights were set to zero, and unchanged since."""
         return self.stamp == stamp_of(parameter)

@@ -7,18 +7,17 @@ import warnings
 import weakref
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache, partial
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.autograd import Variable
 
 from .batch import Batch
 from .call_stack import in_functional_call
 from .dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
+from .gradient_hook import GradientHook
 from .graph_capture import CapturedPenalty
 from .kernels import add_scaled_, add_scaled_all_, bits, clear_, clear_all_
 from .parameter import MARK, ManagedParameter, is_treated, note_treated, stamp_of
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ..masks.mask import Mask
-
-_HOPS = 3  # callbacks at the end of backward() before ours is the last: DDP queues one from within another
-_queue_callback = Variable._execution_engine.queue_callback
-_current_task = torch._C._current_graph_task_id
 
 
 class Phase(Enum):
@@ -91,8 +86,7 @@ class Ticket:
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
-        self._awaited: list[int | None] = [None]  # the number of the backward pass whose end is waited for
-        self._hook: Callable[[Tensor], None] | None = None  # on the gradients
+        self._gradient_hook = GradientHook(self._on_gradients)
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -141,7 +135,8 @@ class Ticket:
         self._captured.fill(penalty)
         was_held, self.stage = self.holds, Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
         if was_held:
-            self._disconnect(self.parameters)
+            for managed in self.parameters:
+                managed.disconnect()
 
     def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
         """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
@@ -160,8 +155,8 @@ class Ticket:
         """Leave a plain model: no hook is left."""
         self.is_released = True  # the switch: hooks that are still there do nothing
         self.stage = replace(self.stage, penalty=0.0)
-        self._disconnect(self.parameters)
         for managed in self.parameters:
+            managed.disconnect()
             _remove_layer_hooks(managed)
         self.parameters, self._managed = (), Batch([])
 
@@ -170,7 +165,7 @@ class Ticket:
         self.detached.add(managed.name)
         self.parameters = tuple(other for other in self.parameters if other is not managed)
         self._managed = Batch([])
-        self._disconnect([managed])
+        managed.disconnect()
         _remove_layer_hooks(managed, keep_hook)
 
     def detach_lost(self, inside: Collection[nn.Module] | None = None) -> list[str]:
@@ -184,44 +179,21 @@ class Ticket:
 
     def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
         """Mask the gradients of this tensor at the end of each backward pass, before clipping looks at them."""
-        if parameter.is_inference():  # which never has a gradient
-            return
-        self._disconnect([managed])
-        is_frozen = not parameter.requires_grad
-        if is_frozen:  # it may thaw, and torch takes no hook before that
-            parameter.requires_grad_(True)
-        self._hook = self._hook or _gradient_hook(self, self._awaited)
-        managed.hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
-        if is_frozen:
-            parameter.requires_grad_(False)
-        # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
-        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+        managed.disconnect()
+        managed.hook = self._gradient_hook.register(parameter)
 
-    def _disconnect(self, parameters: Iterable[ManagedParameter]) -> None:
-        for managed in parameters:
-            if managed.hook is not None:
-                managed.hook.remove()
-            managed.hook = None
+    def _on_gradients(self, parameter: Tensor | None) -> None:
+        """Mask the gradient of this parameter; at the end of a backward pass, for None, all of them.
 
-    def on_gradient(self, parameter: Tensor) -> None:
-        """A backward pass has brought its first gradient; or any, to compiled autograd."""
+        Not those alone that have met a hook: DDP brings the gradients of other ranks to layers that this one has not
+        used. FSDP2 brings them to shards, which need not be in the model at this moment.
+        """
         if self.phase is not Phase.FINETUNE:
             return
-        task = _current_task()
-        if task == -1:  # compiled autograd has no end that could be waited for
+        if parameter is not None:
             self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
             return
-        self._awaited[0] = task
-        _queue_callback(partial(_uncompiled(_at_end), self, _HOPS))
-
-    def on_end_of_backward(self) -> None:
-        """Mask all gradients, and not those alone that have met a hook.
-
-        DDP brings the gradients of other ranks to layers that this one has not used. FSDP2 brings them to shards, which
-        need not be in the model at this moment.
-        """
-        self._awaited[0] = None
-        managed = self._managed or self.managed()  # forwards and updates have seen to it that these are the ones
+        managed = self._managed or self.managed()  # as forwards and updates have last seen them
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
         if shards:
@@ -493,39 +465,3 @@ def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None)
         hooks: dict[int, Any] = {} if layer is None else layer._forward_pre_hooks
         if occurrence.hook_id != keep_hook and getattr(hooks.get(occurrence.hook_id), "managed", None) is managed:
             del hooks[occurrence.hook_id]
-
-
-def _gradient_hook(ticket: Ticket, awaited: list[int | None]) -> Callable[[Tensor], None]:
-    """The hook on the gradients of a ticket's parameters: kept short, as it is called for each of them.
-
-    ``awaited`` is the number of the backward pass whose end is waited for: it stays there if that pass raises.
-    """
-    from torch._dynamo.decorators import skip  # not at import, where it loads the compiler
-
-    ref, on_gradient = weakref.ref(ticket), _uncompiled(_on_gradient)
-
-    def hook(parameter: Tensor) -> None:
-        if awaited[0] != _current_task():
-            on_gradient(ref, parameter)
-
-    return skip(hook)  # compiled training steps would trace into it; without the cost of a wrapper
-
-
-def _on_gradient(ref: weakref.ref[Ticket], parameter: Tensor) -> None:
-    ticket = ref()
-    if ticket is not None:
-        ticket.on_gradient(parameter)
-
-
-def _at_end(ticket: Ticket, hops: int) -> None:
-    if hops:
-        _queue_callback(partial(_uncompiled(_at_end), ticket, hops - 1))
-    else:
-        ticket.on_end_of_backward()
-
-
-@cache
-def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Marked: a compiled training step would trace into it. Not at import, where that loads the compiler."""
-    marked: Callable[..., None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return marked
