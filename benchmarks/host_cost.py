@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine import kernels
+from torch_dual_ticket._tensors import kernels
 
 STOCK = "torch.nn.utils.prune"
 WAYS = ["dense", "transformation", "finetuning", STOCK, "empty hooks"]

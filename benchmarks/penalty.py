@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from measuring import arguments, machine, ratios, spread, table
 
-from torch_dual_ticket._engine.kernels import add_scaled_
+from torch_dual_ticket._tensors.kernels import add_scaled_
 from torch_dual_ticket.masks.seeded import SeededMask
 
 SIZES = {"1M": 1_000_000, "25M": 25_000_000, "200M": 200_000_000}

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import settings
 
-from torch_dual_ticket._engine import kernels
+from torch_dual_ticket._tensors import kernels
 
 torch.set_num_threads(1)
 kernels.SMALL = 4096  # so that small models have layers for both ways of the kernels

@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine.dtensor import sum_over_shards
+from torch_dual_ticket._tensors.dtensor import sum_over_shards
 from torch_dual_ticket.masks.seeded import SeededMask
 
 pytestmark = needs_fsdp2

@@ -12,7 +12,7 @@ from ranks import everywhere, needs_fsdp2, on_four_ranks, on_two_ranks
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine.dtensor import local_offset
+from torch_dual_ticket._tensors.dtensor import local_offset
 from torch_dual_ticket.masks.seeded import SeededMask
 
 # torch 2.6 multiplies DTensors by a clipping factor in float32.

@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket._engine import graph_capture
-from torch_dual_ticket._engine.mask_cache import MaskCache
+from torch_dual_ticket._tensors.mask_cache import MaskCache
 from torch_dual_ticket.masks.explicit import ExplicitMask
 
 STEPS = 6

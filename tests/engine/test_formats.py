@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine import kernels
+from torch_dual_ticket._tensors import kernels
 
 # ---------------------------------------------------------------------------------- memory
 

@@ -25,7 +25,7 @@ from fuzz.world import World, assert_close
 from torch import nn
 
 import torch_dual_ticket
-from torch_dual_ticket._engine import kernels
+from torch_dual_ticket._tensors import kernels
 from torch_dual_ticket.baselines import hold
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ranks import needs_fsdp2, on_two_ranks
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine import kernels, mask_cache
+from torch_dual_ticket._tensors import kernels, mask_cache
 from torch_dual_ticket.masks.seeded import SeededMask
 
 SHAPE = (12,)

@@ -12,7 +12,7 @@ from device_tape import NoReading
 from models import loss_of, make, mlp
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine.async_scalar import AsyncScalar
+from torch_dual_ticket._tensors.async_scalar import AsyncScalar
 
 ADAMS = [torch.optim.Adam, torch.optim.AdamW]
 

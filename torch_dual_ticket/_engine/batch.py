@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .kernels import bits, is_simple
+from .._tensors.kernels import bits, is_simple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -15,9 +15,9 @@ import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .._tensors.dtensor import is_sharded
 from .batch import Batch
 from .call_stack import in_dummy_step, outer_steps
-from .dtensor import is_sharded
 from .hook_order import pair
 from .ticket import Phase
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .dtensor import is_sharded, local, placed_like, version
-from .kernels import squared_norms
-from .mask_cache import MaskCache
+from .._tensors.dtensor import is_sharded, local, placed_like, version
+from .._tensors.kernels import squared_norms
+from .._tensors.mask_cache import MaskCache
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator

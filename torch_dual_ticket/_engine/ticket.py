@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from .._tensors.dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
+from .._tensors.kernels import add_scaled_, add_scaled_all_, bits, clear_, clear_all_
 from .batch import Batch
 from .call_stack import in_functional_call
-from .dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
 from .gradient_hook import GradientHook
 from .graph_capture import CapturedPenalty
-from .kernels import add_scaled_, add_scaled_all_, bits, clear_, clear_all_
 from .parameter import MARK, ManagedParameter, is_treated, note_treated, stamp_of
 from .updates import Updates
 

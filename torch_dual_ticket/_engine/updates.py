@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .async_scalar import AsyncScalar
+from .._tensors.async_scalar import AsyncScalar
 
 if TYPE_CHECKING:
     from torch import Tensor

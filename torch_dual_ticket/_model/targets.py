@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .._engine.dtensor import reshard
+from .._tensors.dtensor import reshard
 from ..masks.distributions import require_matches
 from .names import unwrapped_modules, unwrapped_parameters
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
-from .._engine.async_scalar import AsyncScalar
-from .._engine.dtensor import local, local_offset
 from .._engine.optimizer_hooks import held_by
+from .._tensors.async_scalar import AsyncScalar
+from .._tensors.dtensor import local, local_offset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

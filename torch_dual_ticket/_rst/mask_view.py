@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._engine.dtensor import local, local_offset, reshard
-from .._engine.kernels import clear_
 from .._model.names import unwrapped_parameters
+from .._tensors.dtensor import local, local_offset, reshard
+from .._tensors.kernels import clear_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

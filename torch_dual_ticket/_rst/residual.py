@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._engine.dtensor import placement, sum_over_shards
 from .._tables import Table, as_text, percent, terminal_width
+from .._tensors.dtensor import placement, sum_over_shards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .._engine.dtensor import reshard
-from .._model.sharding import whole
 from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._tensors.dtensor import reshard
+from .._tensors.sharding import whole
 from ..masks.distributions import validate_sparsity
 from ..masks.patterns import input_dim, parse_pattern, pruned_units
 from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle

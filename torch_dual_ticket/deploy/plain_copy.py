@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from .._engine.dtensor import is_sharded
 from .._model.names import unwrapped_modules
 from .._model.targets import runs_forward
+from .._tensors.dtensor import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Collection

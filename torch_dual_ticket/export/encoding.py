@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._model.sharding import whole
+from .._tensors.sharding import whole
 from ..masks.seeded import SeededMask
 
 if TYPE_CHECKING:

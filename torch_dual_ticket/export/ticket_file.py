@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._engine.dtensor import is_sharded, local
 from .._model.names import unwrapped_modules, unwrapped_name
-from .._model.sharding import is_first_rank_of, sharded_like
+from .._tensors.dtensor import is_sharded, local
+from .._tensors.sharding import is_first_rank_of, sharded_like
 from . import checksum
 from .encoding import decode, describe, encode
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._engine.dtensor import local, reshard, sum_over_shards
 from .._engine.layer_hook import layer_hooks
 from .._engine.ticket import Phase, Ticket
 from .._model.names import unwrapped_modules
 from .._rst.residual import measure, total_of
 from .._tables import Table, as_best_text, as_renderable, percent, terminal_width
+from .._tensors.dtensor import local, reshard, sum_over_shards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._engine.dtensor import is_sharded, local, local_offset, mesh_of
+from .dtensor import is_sharded, local, local_offset, mesh_of
 
 if TYPE_CHECKING:
     from torch import Tensor
