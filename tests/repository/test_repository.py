@@ -144,7 +144,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     environment = ran[0].split()[3]
     assert ran[0] == set_up.replace(".venv", environment)
     assert ran[-1] == test.replace(".venv", environment)
-    assert [line.removeprefix(f"{environment}/bin/") for line in ran[1:-1]] == [
+    assert [line.removeprefix(f"{environment}/bin/") for line in ran[1:4]] == [
         "ruff check .",
         "ruff format --check .",
         "mypy",
