@@ -389,7 +389,7 @@ def test_hold(model):
 
     def call(scene: Scene) -> None:
         world = scene[0]
-        hold(world.mine.model, world.theirs.tickets[0].all_masks[-1], targets=world.setup.kind.targets)
+        hold(world.mine.model, world.theirs.tickets[0].all_masks[-1])
 
     def judge(scene: Scene) -> None:
         world, before = scene

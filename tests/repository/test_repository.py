@@ -59,7 +59,7 @@ def test_files_are_named_for_what_they_hold():
     assert [path.name for path in FILES if path.stem in {"utils", "util", "helpers", "common", "misc"}] == []
 
 
-LAYERS = ["masks", "_engine", "_model", "_rst", "prune", "scheduler"]  # each may import those before it
+LAYERS = ["masks", "_engine", "_model", "prune", "_rst", "scheduler"]  # each may import those before it
 SATELLITES = ["baselines", "callbacks", "deploy", "export", "report"]  # and these all of them, but not one another
 
 
