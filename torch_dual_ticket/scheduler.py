@@ -323,7 +323,9 @@ class RSTScheduler(ManagedMasks):
         masks = self._planned(seed) if phase == "finetune" else self._planned(seed, timeline.cycle(steps))
         self._resume(masks, steps, phase, report, pending=pending)
 
-    def _resume(self, masks: Mapping[str, Mask], steps: int, phase: str, report: Report, *, pending: bool) -> None:
+    def _resume(
+        self, masks: Mapping[str, Mask], steps: int, phase: str, report: Report | None, *, pending: bool
+    ) -> None:
         penalty = self._timeline.penalty(steps)  # a schedule may raise
         if phase == "finetune":
             self._ticket.reshard()
