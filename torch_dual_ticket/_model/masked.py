@@ -56,6 +56,8 @@ def find_masked(
         first_names.setdefault(id(parameter), name)
     found: dict[str, Target] = {}
     for layer_name, layer in modules.items():
+        if isinstance(layer, parametrize.ParametrizationList):  # the layer above has its parameters
+            continue
         for tensor_name in _all_tensor_names(layer):
             if wanted.isdisjoint(map(id, _behind(layer, tensor_name))):
                 continue

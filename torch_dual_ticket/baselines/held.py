@@ -66,6 +66,8 @@ class HeldMasks(ManagedMasks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put the saved masks in force, as :meth:`set_masks`. Load the model's state too, before or after.
 
+        After a restart :func:`hold` any masks of the same parameters first.
+
         Args:
             state: of :meth:`state_dict`, or what ``export.load_ticket()`` returned for such masks.
 
