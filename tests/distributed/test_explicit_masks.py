@@ -12,7 +12,6 @@ from ranks import everywhere, needs_fsdp2, on_two_ranks
 from test_seed_agreement import refused
 from test_tensor_parallel import TOLERANCE, mesh, parallelize
 from test_tensor_parallel import mlp as parallel_mlp
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_dual_ticket import RSTScheduler
@@ -153,48 +152,35 @@ def test_gradual_pruning_of_a_sharded_model_is_that_of_the_whole_one(max_penalty
 
 @needs_fsdp2
 @on_two_ranks
-def test_the_zeros_of_a_sharded_model_and_its_file():
+def test_the_zeros_of_a_sharded_model_and_its_file(tmp_path):
     plain = make(uneven_mlp)
     with torch.no_grad():
         for name, mask in masks_of(plain).items():
             plain.get_parameter(name).mul_(mask)
     expected = copy.deepcopy(plain.state_dict())
     model = shard(plain)
-    masks = {name: expected[name] != 0 for name in masks_of(model)}
     held = hold(model)
-    assert list(held.masks) == [name for name, mask in masks.items() if not mask.all()]
-    assert all(torch.equal(mask, masks[name]) for name, mask in held.masks.items())
-    (folder,) = {path for path in everywhere(_folder() if dist.get_rank() == 0 else None) if path}
-    save_ticket(held, f"{folder}/ticket")
+    assert all(torch.equal(mask, expected[name] != 0) for name, mask in held.masks.items())
+    assert set(masks_of(model)) - set(held.masks) == {name for name in masks_of(model) if (expected[name] != 0).all()}
+    save_ticket(held, tmp_path / "ticket")
     dist.barrier()
     other = shard(make(uneven_mlp, seed=1))
-    state = load_ticket(f"{folder}/ticket", other)
+    state = load_ticket(tmp_path / "ticket", other)
     again = hold(other)
     again.load_state_dict(state)
     found = whole_state(other)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    masks = magnitude_masks(other, 0.8, scores={name: p for name, p in other.named_parameters() if p.dim() > 1})
-    assert all(
-        torch.equal(masks[name], mask) for name, mask in magnitude_masks(_with(expected), 0.8, scores=expected).items()
-    )
-    given = hold_shards(other, again)
-    assert all(torch.equal(given[name], mask) for name, mask in again.masks.items())
 
 
-def hold_shards(model, held):
-    """Masks that are sharded themselves, as comparisons of sharded weights give them."""
-    given = {name: model.get_parameter(name) != 0 for name in held.masks}
-    held.set_masks(given)
-    return {name: mask.full_tensor() for name, mask in given.items()}
-
-
-def _with(state) -> nn.Module:
-    model = make(uneven_mlp)
-    model.load_state_dict(state)
-    return model
-
-
-def _folder() -> str:
-    import tempfile
-
-    return tempfile.mkdtemp()
+@needs_fsdp2
+@on_two_ranks
+def test_masks_and_scores_may_be_sharded_themselves():
+    """As computations on sharded weights give them."""
+    plain = make(uneven_mlp)
+    expected = magnitude_masks(plain, 0.5, scores={name: p.detach() for name, p in plain.named_parameters()})
+    model = shard(plain)
+    masks = magnitude_masks(model, 0.5, scores=dict(model.named_parameters()))
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    positive = {name: model.get_parameter(name) > 0 for name in masks}
+    rst = RSTScheduler(model, masks=positive)
+    assert all(torch.equal(rst.masks[name], mask.full_tensor()) for name, mask in positive.items())
