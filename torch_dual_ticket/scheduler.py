@@ -110,9 +110,15 @@ class RSTScheduler(ManagedMasks):
             plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
             found = [target for target in found if target.name in plan.shapes]
         else:
-            others = {"sparsity": sparsity is not None, "pattern": pattern != "unstructured", "seed": seed is not None}
-            others |= {"distribution": distribution != "uniform", "cycles": self._timeline.cycles > 1}
-            others |= {"targets": targets is not DEFAULT_TARGETS, "exclude": bool(exclude)}
+            others = {
+                "sparsity": sparsity is not None,
+                "pattern": pattern != "unstructured",
+                "distribution": distribution != "uniform",
+                "seed": seed is not None,
+                "cycles": self._timeline.cycles > 1,
+                "targets": targets is not DEFAULT_TARGETS,
+                "exclude": bool(exclude),
+            }
             validation.check_alone("masks", others)
             found, final = find_masked(model, masks)
         validation.check_unmanaged(found)
@@ -152,6 +158,7 @@ class RSTScheduler(ManagedMasks):
         """
         ticket, timeline = self._ticket, self._timeline
         if ticket.holds:
+            self._step_in_force()
             return
         if not ticket.all_penalized():
             validation.check_reachable(ticket, stacklevel=3)
@@ -166,6 +173,9 @@ class RSTScheduler(ManagedMasks):
         ticket.transform(masks, penalty, steps)
         self._missing_penalty.look(ticket, changed)
         self._advice.speak()
+
+    def _step_in_force(self) -> None:
+        """A step while the masks are in force: nothing is left to do."""
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Penalize by other masks, from the next update on: call it as often as you like during the transformation.
@@ -256,7 +266,7 @@ class RSTScheduler(ManagedMasks):
         if layout not in ("plain", "prune"):
             raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
         ticket = self._ticket
-        if not ticket.holds:
+        if ticket.stage.report is None:
             validation.check_trained(ticket, self._steps)
             ticket.reshard()
             if layout == "prune":

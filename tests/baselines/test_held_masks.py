@@ -92,7 +92,7 @@ def test_masks_that_do_not_fit_leave_the_ones_before(build):
         before | {"4.weight": torch.full((5, 16), 0.1)},
         before | {"4.bias": torch.ones(5)},
     ):
-        with pytest.raises(ValueError, match=r"set_masks\(\) takes a mask for each|the mask of"):
+        with pytest.raises(ValueError, match=r"a mask is missing|not managed here|the mask of"):
             held.set_masks(masks)
     assert all(torch.equal(held.masks[name], mask) for name, mask in before.items())
     assert all(map(torch.equal, model.state_dict().values(), weights.values()))
@@ -209,7 +209,7 @@ def test_the_state_of_a_random_ticket_is_its_seed():
     [
         (lambda state: {"ticks": 3}, "not a state of masks: KeyError"),
         (lambda state: state | {"version": 9}, "version is 9"),
-        (lambda state: state | {"masks": {"0.weight": state["masks"]["0.weight"]}}, "'2.weight', a mask is missing"),
+        (lambda state: state | {"masks": {"0.weight": state["masks"]["0.weight"]}}, "'2.weight': a mask is missing"),
         (lambda state: state["masks"]["2.weight"].update(fingerprint="0" * 16), "another fingerprint"),
         (lambda state: state["masks"]["2.weight"].update(bits=torch.zeros(3)), "are 40 bytes, got"),
         (lambda state: state["masks"]["2.weight"].update(bits=None), "not a state of masks"),

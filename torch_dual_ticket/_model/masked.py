@@ -51,9 +51,7 @@ def find_masked(
     modules = dict(unwrapped_modules(model))
     named = dict(unwrapped_parameters(model))
     wanted = {id(named[name]) for name in masks if name in named}
-    first_names: dict[int, str] = {}
-    for name, parameter in named.items():
-        first_names.setdefault(id(parameter), name)
+    first_names = {id(parameter): name for name, parameter in reversed(named.items())}
     found: dict[str, Target] = {}
     for layer_name, layer in modules.items():
         if isinstance(layer, parametrize.ParametrizationList):  # the layer above has its parameters
@@ -86,9 +84,8 @@ def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
     """
     check_model(model)
     reshard(model)
-    first_names: dict[int, str] = {}
-    for name, parameter in unwrapped_parameters(model):
-        first_names.setdefault(id(parameter), name)
+    named = dict(unwrapped_parameters(model))
+    first_names = {id(parameter): name for name, parameter in reversed(named.items())}
     types = [_check_type(entry) for entry in DEFAULT_TARGETS]
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     masks = {}

@@ -106,15 +106,14 @@ class ManagedMasks:
         mine = self._masks()
         if not self._ticket.parameters:
             raise RuntimeError(
-                "set_masks() finds nothing that is managed: remove() was called, or the layers are gone. Begin anew on"
-                " the model."
+                "nothing is managed any more: remove() was called, or the layers are gone. Begin anew on the model."
             )
         wrong = sorted(set(masks) ^ set(mine))
         if wrong:
             what = "a mask is missing" if wrong[0] in mine else "it is not managed here"
             raise ValueError(
-                "set_masks() takes a mask for each of the parameters that have one now, and for no others:"
-                f" {wrong[0]!r}, {what}"
+                f"{wrong[0]!r}: {what}. There must be one for each of the parameters that have one here ("
+                f"{', '.join(list(mine)[:3])}{', …' if len(mine) > 3 else ''}), and no others."
             )
         found, explicit = find_masked(self._model, masks, frozen=True)
         check_directions(found, explicit)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
-from .._rst.residual import measure
 from .._rst.schedule import check_integer
 from .._rst.validation import check_state
 from ..masks.records import as_state, of_state
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .._model.targets import TargetType
-    from .._rst.residual import Report
     from ..masks.mask import Mask
 
     Scores = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]]
@@ -32,20 +30,21 @@ _GROWTH = 0.6  # of `steps`: what is chosen last is penalized for the rest
 
 
 class GradualPruning(RSTScheduler):
-    """Gradual pruning of a trained network, painless: each part of the mask is under RST's penalty once it is chosen.
+    """Gradual pruning of a trained network, in which each part of the mask is under RST's penalty once it is chosen.
 
     The mask grows along the cubic schedule of Zhu and Gupta (arXiv 1710.01878), in ``intervals`` steps over the first
     60 % of ``steps``, always by what is smallest then, and what was chosen stays chosen. λ rises over ``steps`` on all
-    that is chosen so far; nothing is set to zero before :meth:`finalize`. With ``max_penalty=0`` it is the gradual
-    magnitude pruning of that paper: each part of the mask is in force at once, from the first call of :meth:`step` on.
+    that is chosen so far; nothing is set to zero before ``finalize()``. With ``max_penalty=0`` it is the gradual
+    magnitude pruning of that paper: each part of the mask is in force at once, and every call of ``step()`` counts.
 
-    It is an :class:`torch_dual_ticket.RSTScheduler`, and used like one: :meth:`step` once per update, and
-    :meth:`finalize` when ``done``. Nothing else may call ``set_masks()``.
+    It is an :class:`torch_dual_ticket.RSTScheduler`, and used like one: ``step()`` once per update, and ``finalize()``
+    when ``done``. Earlier, ``finalize()`` completes the mask, and warns. A step at which the mask grows reads every
+    target weight, and is collective where a default process group exists.
 
     Args:
         model: the module to prune, best trained already.
         sparsity: fraction of weights removed at the end; as for :func:`magnitude_masks`.
-        steps: calls of :meth:`step` over which λ rises.
+        steps: calls of ``step()`` over which λ rises.
         hold: calls after that with λ at its ceiling.
         max_penalty: the ceiling of λ; 0: no penalty, and masks that are in force at once.
         intervals: how often the mask grows.
@@ -109,12 +108,8 @@ class GradualPruning(RSTScheduler):
         nothing = torch.ones((), dtype=torch.bool, device="cpu")
         masks = {target.name: nothing.expand(target.shape) for target in self._targets}
         super().__init__(model, steps=steps, hold=hold, max_penalty=max_penalty, optimizer=optimizer, masks=masks)
-        if self._is_at_once:
+        if self._timeline.max_penalty == 0:
             self._ticket.hold_zeros(self._ticket.stage.masks)
-
-    @property
-    def _is_at_once(self) -> bool:
-        return self._timeline.max_penalty == 0
 
     def _interval(self, steps: int) -> int:
         """How often the mask has grown after so many scheduler steps."""
@@ -133,43 +128,27 @@ class GradualPruning(RSTScheduler):
         chosen = remove_smallest(self._model, found, counts, self.masks, self._pattern, scores)
         return self._checked(chosen)
 
-    def step(self) -> None:
-        """One step of the schedule: call it once per update; λ and the mask grow. As of ``RSTScheduler``.
-
-        With ``max_penalty=0`` every call counts.
-        """
-        if not self._is_at_once:
-            super().step()
-        elif self._ticket.stage.report is None:
-            steps = min(self._steps + 1, self._timeline.total)
-            masks = self._masks_after(steps)
-            if masks is self._ticket.stage.masks:
-                self._ticket.stage = replace(self._ticket.stage, steps=steps)
-            else:
-                self._ticket.reshard()
-                self._ticket.hold_zeros(masks, steps)
-
-    def finalize(self, layout: str = "plain") -> Report:
-        """Set the masked weights to zero and keep them at exactly zero from now on. As of ``RSTScheduler``.
-
-        Warns:
-            UserWarning: the mask was not complete yet, and is now; and as that class.
-        """
+    def _step_in_force(self) -> None:
         ticket = self._ticket
-        if self._is_at_once and ticket.stage.report is None:
-            masks = self._final_masks()
+        if ticket.stage.report is not None:  # after finalize()
+            return
+        steps = min(self._steps + 1, self._timeline.total)
+        masks = self._masks_after(steps)
+        if masks is ticket.stage.masks:
+            ticket.stage = replace(ticket.stage, steps=steps)
+        else:
             ticket.reshard()
-            ticket.hold_zeros(masks, self._steps, measure(ticket, masks))
-        return super().finalize(layout)
+            ticket.hold_zeros(masks, steps)
 
     def _final_masks(self) -> Mapping[str, Mask]:
+        """Complete them."""
         interval = self._interval(self._steps)
         if interval == self._intervals:
             return self._ticket.stage.masks
         warnings.warn(
             f"finalize() after {interval} of {self._intervals} intervals: the rest of the mask is chosen and removed at"
             " once",
-            stacklevel=3 if self._is_at_once else 4,
+            stacklevel=3,
         )
         return self._grown(self._intervals)
 

@@ -121,7 +121,6 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
                 stacklevel=2,
             )
     found, explicit = find_masked(model, masks, frozen=True)
-    check_unmanaged(found)
     agree_on_masks(explicit, model)
     return HeldMasks(model, found, explicit)
 

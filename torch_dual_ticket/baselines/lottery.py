@@ -143,9 +143,11 @@ class LotteryTicket:
         targets = [target for target in targets if target.name in masks]
         if len(targets) < len(masks) or any(target.shape != masks[target.name].shape for target in targets):
             raise ValueError(f"the state is of other layers: it has masks of {', '.join(masks)}")
+        check_directions(targets, masks)  # before anything is changed
+        origin = copy.deepcopy(origin)
         self.remove()
-        self._origin, self.round = copy.deepcopy(origin), number
         self.held = HeldMasks(self._model, targets, masks) if masks else None
+        self._origin, self.round = origin, number
 
     @property
     def done(self) -> bool:
