@@ -1,33 +1,39 @@
-"""The life of a random ticket: drawn, transformed under a growing penalty, masked, and held while it is finetuned."""
+"""The life of a ticket: drawn or given, transformed under a growing penalty, masked, and held while it is finetuned."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._engine import layer_hook
 from ._engine.layer_hook import manage
 from ._engine.ticket import Phase, Stage, Ticket
+from ._model.masked import find_masked
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
-from ._rst import mask_view, validation
+from ._rst import validation
 from ._rst.advice import Advice
 from ._rst.loop_warnings import MissingPenalty, patience
-from ._rst.ranks import agree_on_seed, check_not_joined, world_size
-from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
+from ._rst.managed import ManagedMasks
+from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
+from ._rst.residual import measure, warn_of_outstanding, warn_of_residual
 from ._rst.schedule import Timeline, check_integer, resolve
 from .masks.plan import make_plan
-from .prune import check_stock_layout, to_stock_layout
+from .prune import check_stock_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import Tensor
+
     from ._model.targets import TargetType
-    from .masks.seeded import SeededMask
+    from ._rst.residual import Report
+    from .masks.mask import Mask
+    from .masks.plan import Plan
 
 
-class RSTScheduler:
+class RSTScheduler(ManagedMasks):
     """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside your own training loop.
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
@@ -51,6 +57,10 @@ class RSTScheduler:
         exclude: fnmatch patterns of module names that stay dense, with all below them.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
         optimizer: the only one whose updates apply the penalty. None: any that holds a target.
+        masks: parameter name -> mask that you chose, of the parameter's shape, True (or 1) = kept: transform this
+            ticket and not a random one. Parameters without a mask stay dense. It takes the place of ``sparsity``,
+            ``pattern``, ``distribution``, ``seed``, ``targets`` and ``exclude``, and there is one cycle. Give every
+            rank the full masks, and the same ones; after a restart the last ones.
         store_masks: False computes the masks from the seed at each use: slow, but saves a byte of memory per weight.
 
     Raises:
@@ -87,42 +97,54 @@ class RSTScheduler:
         exclude: Sequence[str] = (),
         seed: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         store_masks: bool = True,
     ) -> None:
         check_model(model)
         self._timeline = Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
         given_seed = None if seed is None else check_integer("seed", seed)
-        found = find_targets(model, targets, exclude)
-        plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
-        found = [target for target in found if target.name in plan.shapes]
+        plan: Plan | None = None
+        final: Mapping[str, Mask]
+        if masks is None:
+            found = find_targets(model, targets, exclude)
+            plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
+            found = [target for target in found if target.name in plan.shapes]
+        else:
+            others = {
+                "sparsity": sparsity is not None,
+                "pattern": pattern != "unstructured",
+                "distribution": distribution != "uniform",
+                "seed": seed is not None,
+                "cycles": self._timeline.cycles > 1,
+                "targets": targets is not DEFAULT_TARGETS,
+                "exclude": bool(exclude),
+            }
+            validation.check_alone("masks", others)
+            found, final = find_masked(model, masks)
         validation.check_unmanaged(found)
         validation.check_optimizer(optimizer, found)
         with validation.generator_unchanged_on_error():
-            agreed = agree_on_seed(given_seed, plan, model, self._timeline)
-            validation.check_directions(found, plan.masks(agreed))
+            if plan is None:
+                agree_on_masks(final, model, self._timeline)
+                first = final
+            else:
+                agreed = agree_on_seed(given_seed, plan, model, self._timeline)
+                first, final = plan.masks(agreed, cycle=0), plan.masks(agreed)
+            validation.check_directions(found, final)
         self._plan, self._model, self._advice = plan, model, Advice(self._timeline)
-        self._seed_is_given, self._ranks = given_seed is not None, world_size()
-        masks, penalty = plan.masks(agreed, cycle=0), self._timeline.penalty(0)
+        self._seed_is_given, self._ranks = plan is None or given_seed is not None, world_size()
+        penalty = self._timeline.penalty(0)
         self._missing_penalty = MissingPenalty()
         self._ticket = Ticket(
             model,
-            masks,
+            first,
             scheduler=self,
             optimizer=optimizer,
             stores_masks=store_masks,
             patience=patience(self._timeline.total),
         )
         manage(self._ticket, found)
-        self._ticket.stage = Stage(Phase.TRANSFORM, masks, penalty)  # from here on it is penalized, and not before
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stage": self._ticket.stage}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        stage = state.pop("stage")
-        self.__dict__.update(state)
-        self._ticket.serve(self, self._model)
-        self._ticket.stage = stage
+        self._ticket.stage = Stage(Phase.TRANSFORM, first, penalty)  # from here on it is penalized, and not before
 
     # -- the schedule --------------------------------------------------------------------------------------------------
 
@@ -136,6 +158,7 @@ class RSTScheduler:
         """
         ticket, timeline = self._ticket, self._timeline
         if ticket.holds:
+            self._step_in_force()
             return
         if not ticket.all_penalized():
             validation.check_reachable(ticket, stacklevel=3)
@@ -145,34 +168,59 @@ class RSTScheduler:
             check_not_joined(self._ranks)
         steps = min(self._steps + ticket.counts(is_last=self._steps == timeline.total - 1), timeline.total)
         self._advice.look(ticket, self._steps, steps)
-        penalty = timeline.penalty(steps)  # a schedule may raise
+        penalty, masks = timeline.penalty(steps), self._masks_after(steps)  # a schedule may raise
         changed = ticket.begin_step()
-        stays = timeline.cycle(steps) == self._cycle
-        masks = ticket.stage.masks if stays else self._plan.masks(self.seed, timeline.cycle(steps))
         ticket.transform(masks, penalty, steps)
         self._missing_penalty.look(ticket, changed)
         self._advice.speak()
 
-    @property
-    def seed(self) -> int:
-        """The masks' seed: the one given, or the one that was drawn."""
-        masks: Mapping[str, Any] = self._ticket.stage.masks
-        seed: int = next(iter(masks.values())).seed
-        return seed
+    def _step_in_force(self) -> None:
+        """A step while the masks are in force: nothing is left to do."""
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Penalize by other masks, from the next update on: call it as often as you like during the transformation.
+
+        So a mask can be chosen gradually (see :class:`torch_dual_ticket.baselines.GradualPruning`): nothing is set to
+        zero before :meth:`finalize`. Collective where a default process group exists.
+
+        Args:
+            masks: as the constructor's, for exactly the same parameters; a layer may have one that keeps everything.
+
+        Raises:
+            TypeError, ValueError: masks that cannot be used; nothing is changed then.
+            RuntimeError: the masks are drawn from a seed, or :meth:`finalize` was called; or ranks disagree.
+        """
+        if self._plan is not None:
+            raise RuntimeError(
+                "the masks of this scheduler are drawn from a seed: build it with masks=… to give it others"
+            )
+        if self._ticket.holds:
+            raise RuntimeError(
+                "set_masks() comes before finalize(). To change masks that are in force, call remove(), and set_masks()"
+                " on what baselines.hold(model, masks) returns."
+            )
+        self._ticket.transform(self._checked(masks), self.penalty, self._steps)
+
+    def _masks_after(self, steps: int) -> Mapping[str, Mask]:
+        """The masks that apply after so many scheduler steps."""
+        cycle = self._timeline.cycle(steps)
+        return self._ticket.stage.masks if cycle == self._cycle else self._planned(self.seed, cycle)
+
+    def _planned(self, seed: int | None, cycle: int = -1) -> Mapping[str, Mask]:
+        """The masks of a cycle, by default the last; explicit ones are those that apply now."""
+        if self._plan is None or seed is None:
+            return self._ticket.stage.masks
+        return self._plan.masks(seed, cycle)
 
     @property
-    def _steps(self) -> int:
-        """Scheduler steps that counted."""
-        return self._ticket.stage.steps
+    def seed(self) -> int | None:
+        """The masks' seed: the one given, or the one that was drawn; None if the masks were given."""
+        masks: Mapping[str, Any] = self._ticket.stage.masks
+        return None if self._plan is None else next(iter(masks.values())).seed
 
     @property
     def _cycle(self) -> int:
         return self._timeline.cycle(self._steps)
-
-    @property
-    def penalty(self) -> float:
-        """λ of the next update; 0 after :meth:`finalize`."""
-        return self._ticket.stage.penalty
 
     @property
     def progress(self) -> float:
@@ -183,11 +231,6 @@ class RSTScheduler:
     def done(self) -> bool:
         """Whether the schedule is over: time for :meth:`finalize`."""
         return self._steps >= self._timeline.total
-
-    @property
-    def phase(self) -> str:
-        """``"transform"`` until :meth:`finalize`, then ``"finetune"``."""
-        return self._ticket.stage.phase.value
 
     def apply_penalty(self) -> None:
         """Add λ·w to ``.grad``, between ``backward()`` and an update that is not a ``torch.optim.Optimizer``'s.
@@ -223,13 +266,13 @@ class RSTScheduler:
         if layout not in ("plain", "prune"):
             raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
         ticket = self._ticket
-        if not ticket.holds:
+        if ticket.stage.report is None:
             validation.check_trained(ticket, self._steps)
             ticket.reshard()
             if layout == "prune":
                 check_stock_layout(ticket)
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
-            masks = self._plan.masks(self.seed)
+            masks = self._final_masks()
             report = measure(ticket, masks)
             warn_of_residual(report, self._steps, self._timeline)
             ticket.hold_zeros(masks, self._steps, report)
@@ -237,62 +280,22 @@ class RSTScheduler:
             self.to_prune()
         return self._report
 
-    @property
-    def _report(self) -> Report:
-        return self._ticket.stage.report or Report.of(())
-
-    def to_prune(self) -> None:
-        """Turn the finalized model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
-
-        ``weight_orig``, ``weight_mask`` and torch's own hook take over from this library, in the same order.
-
-        Raises:
-            RuntimeError: before :meth:`finalize`.
-            ValueError: what this layout cannot carry: DTensor, tied, parametrized, not called (attention's out_proj).
-        """
-        if not self._ticket.holds:
-            raise RuntimeError("to_prune() needs the final masks: call finalize() first")
-        self._ticket.reshard()
-        to_stock_layout(self._ticket)
-
-    def remove(self) -> None:
-        """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""
-        self._ticket.release()
+    def _final_masks(self) -> Mapping[str, Mask]:
+        return self._planned(self.seed)
 
     # -- what there is to see ------------------------------------------------------------------------------------------
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """Parameter name -> bool tensor of the full shape, True = kept; of the current cycle. Drawn when asked for."""
-        return mask_view.MaskView(self._masks(), self._ticket)
-
-    @property
-    def sparsity(self) -> float:
-        """The achieved fraction of masked weights over all targets; of the current cycle."""
-        return mask_view.sparsity_of(self._masks())
-
-    def _masks(self) -> dict[str, SeededMask]:
-        return mask_view.still_managed(self._ticket)
 
     def residual(self) -> float:
         """‖masked weights‖ / ‖all target weights‖ now. Reads every weight; collective where they are sharded."""
         return measure(self._ticket).total.residual
-
-    def apply_masks(self, model: nn.Module) -> None:
-        """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
-
-        Raises:
-            TypeError: ``model`` is not a module.
-            ValueError: a target's name or shape is not found in ``model``; nothing is changed then.
-        """
-        mask_view.apply_masks(model, self._masks())
 
     def __repr__(self) -> str:
         cycles = self._timeline.cycles
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
-        return f"RSTScheduler({self.phase}{cycle}: {schedule}, {layers}, seed={self.seed})"
+        masks = "explicit masks" if self.seed is None else f"seed={self.seed}"
+        return f"{type(self).__name__}({self.phase}{cycle}: {schedule}, {layers}, {masks})"
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 
@@ -323,19 +326,26 @@ class RSTScheduler:
         ticket, timeline = self._ticket, self._timeline
         steps, pending, phase, seed, report = validation.check_state(state, ticket)
         # An update without a scheduler step is no use yet: torch.distributed.checkpoint makes one before it loads.
-        mine = self.seed if self._seed_is_given or self._steps or ticket.holds else seed
+        is_fixed = self._seed_is_given or self._steps or ticket.holds or seed is None
+        mine = self.seed if is_fixed else seed
         validation.check_same_masks(self._fingerprints(mine), state["masks"], (mine, seed))
         steps = min(steps, timeline.total)
-        penalty = timeline.penalty(steps)  # a schedule may raise
-        if phase == "finetune":
-            ticket.reshard()
-            ticket.hold_zeros(self._plan.masks(seed), steps, report)
-        else:
-            ticket.transform(self._plan.masks(seed, timeline.cycle(steps)), penalty, steps)
-        ticket.resume(pending=pending)
+        masks = self._planned(seed) if phase == "finetune" else self._planned(seed, timeline.cycle(steps))
+        self._resume(masks, steps, phase, report, pending=pending)
 
-    def _fingerprints(self, seed: int) -> dict[str, str]:
-        masks = self._plan.masks(seed).items()
+    def _resume(
+        self, masks: Mapping[str, Mask], steps: int, phase: str, report: Report | None, *, pending: bool
+    ) -> None:
+        penalty = self._timeline.penalty(steps)  # a schedule may raise
+        if phase == "finetune":
+            self._ticket.reshard()
+            self._ticket.hold_zeros(masks, steps, report)
+        else:
+            self._ticket.transform(masks, penalty, steps)
+        self._ticket.resume(pending=pending)
+
+    def _fingerprints(self, seed: int | None) -> dict[str, str]:
+        masks = self._planned(seed).items()
         return {name: mask.fingerprint for name, mask in masks if name not in self._ticket.detached}
 
 

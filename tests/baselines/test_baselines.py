@@ -269,11 +269,14 @@ def test_weight_norm_masks_the_direction_but_may_not_empty_it():
     ("masks", "error", "message"),
     [
         ({}, ValueError, "nothing to hold"),
-        ({"0.weight": torch.ones(20, 12)}, TypeError, r"0.weight must be a bool tensor.*float32"),
-        ({"0.weight": [[True]]}, TypeError, "0.weight must be a bool tensor.*list"),
+        ({"0.weight": torch.full((20, 12), 0.5)}, ValueError, r"0.weight must hold 0 \(pruned\) and 1 .*, got 0.5"),
+        ({"0.weight": torch.full((20, 12), torch.nan)}, ValueError, "0.weight must hold 0 .*, got nan"),
+        ({"0.weight": [[True]]}, TypeError, "0.weight must be a dense tensor of bools.*got list"),
+        ({"0.weight": torch.ones(20, 12).to_sparse()}, TypeError, "0.weight must be a dense tensor.*sparse_coo"),
+        ({"0.weight": torch.ones(20, 12, device="meta")}, TypeError, "0.weight must be a dense tensor.*meta"),
+        ([torch.ones(20, 12)], TypeError, "masks is a mapping from parameter names to masks, got list"),
         ({"0.weight": torch.ones(12, 20, dtype=torch.bool)}, ValueError, r"shape \(12, 20\), the parameter \(20, 12\)"),
         ({"9.weight": torch.ones(2, dtype=torch.bool)}, ValueError, "the model has no such parameter"),
-        ({"0.bias": torch.ones(20, dtype=torch.bool)}, ValueError, "none of the types in `targets`"),
     ],
 )
 def test_bad_masks_are_refused_and_nothing_is_changed(masks, error, message):

@@ -75,3 +75,38 @@ def test_the_default_sparsity_is_90_percent(distribution):
     sizes = {name: mask.numel() for name, mask in masks.items()}
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert kept == pytest.approx(0.1 * sum(sizes.values()), abs=len(masks))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_scores_are_compared_in_place_of_magnitudes(pattern):
+    """Negative ones and integers, too; what earlier masks remove goes first."""
+    model = make(mlp)
+    weights = {name: layer.weight.detach() for name, layer in (("0.weight", model[0]), ("2.weight", model[2]))}
+    options = {"pattern": pattern, "exclude": ["4"]} | ({"sparsity": 0.5} if pattern == "unstructured" else {})
+    expected = magnitude_masks(model, **options)
+    scores = {name: -1 / weight.abs() for name, weight in weights.items()}  # in the same order
+    for given in (scores, {name: score.argsort().argsort() for name, score in flattened(scores).items()}):
+        given = {name: score.view(weights[name].shape) for name, score in given.items()} | {"other": None}
+        masks = magnitude_masks(model, scores=given, **options)
+        assert all(torch.equal(masks[name], expected[name]) for name in weights)
+    reverse = magnitude_masks(model, scores={name: -score for name, score in scores.items()}, within=masks, **options)
+    assert all(torch.equal(reverse[name], expected[name]) for name in weights)
+
+
+def flattened(scores):
+    return {name: score.flatten() for name, score in scores.items()}
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({}, r"scores must have a tensor of shape \(3, 4\) for weight, got nothing"),
+        ({"weight": torch.ones(4, 3)}, r"for weight, got torch.Size\(\[4, 3\]\)"),
+        ({"weight": 0.5}, "for weight, got float"),
+        ({"weight": torch.full((3, 4), torch.nan)}, "scores of weight must be finite real numbers"),
+        ({"weight": torch.ones(3, 4, dtype=torch.complex64)}, "scores of weight must be finite real numbers"),
+    ],
+)
+def test_scores_that_cannot_be_ordered_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        magnitude_masks(nn.Linear(4, 3), 0.5, scores=scores)

@@ -191,6 +191,19 @@ def test_resumes_from_a_checkpoint(tmp_path, epoch, seed):
     assert_same(module.net, expected)
 
 
+def test_masks_that_were_chosen(tmp_path):
+    """Also resumed, where they are given again."""
+    expected, rst = plain_loop()
+    masks = {name: mask.int() for name, mask in rst.masks.items()}
+    saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_last=True)
+    with pytest.raises(InterruptionError):
+        fit(RSTCallback(masks=masks), callbacks=[saving, Interrupt(1)])
+    resumed = RSTCallback(masks=masks)
+    module, _ = fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert_sparse(module, resumed)
+    assert_same(module.net, expected)
+
+
 def test_an_earlier_checkpoint_brings_back_the_transformation(tmp_path):
     """In one process: masks are in force when the dense weights are loaded."""
     saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")

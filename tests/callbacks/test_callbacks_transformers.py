@@ -128,6 +128,15 @@ def test_trains_what_the_plain_loop_trains(tmp_path, when):
     assert callback.report.total.residual > 0
 
 
+def test_masks_that_were_chosen(tmp_path):
+    expected, rst = plain_loop()
+    callback = RSTCallback(masks=dict(rst.masks), max_penalty=5.0)
+    trainer = trainer_of(tmp_path, [callback], save_strategy="steps", save_steps=12)
+    trainer.train()
+    assert_sparse(trainer.model, callback.scheduler)
+    assert_same(trainer.model, expected)
+
+
 def test_one_scheduler_step_for_each_update_under_accumulation(tmp_path):
     callback = RSTCallback(**TICKET)
     trainer = trainer_of(tmp_path, [callback], gradient_accumulation_steps=2, max_steps=UPDATES // 2)

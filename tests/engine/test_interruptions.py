@@ -22,11 +22,14 @@ import torch
 from fuzz.setups import Setup, Ticket
 from fuzz.sides import Explicit, Library, Side
 from fuzz.world import World, assert_close
+from models import assert_same, loss_of, make, mlp
+from reference import ExplicitLoop
 from torch import nn
 
 import torch_dual_ticket
+from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket._tensors import kernels
-from torch_dual_ticket.baselines import hold
+from torch_dual_ticket.baselines import GradualPruning, hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +51,7 @@ def _quiet() -> Iterator[None]:
     """Nothing is transformed to its end here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the masked weights still held")
-        warnings.filterwarnings("ignore", message=r"finalize\(\) in cycle")
+        warnings.filterwarnings("ignore", message=r"finalize\(\) (in cycle|after)")
         yield
 
 
@@ -398,7 +401,7 @@ def test_hold(model):
 
     def call(scene: Scene) -> None:
         world = scene[0]
-        hold(world.mine.model, world.theirs.tickets[0].all_masks[-1], targets=world.setup.kind.targets)
+        hold(world.mine.model, world.theirs.tickets[0].all_masks[-1])
 
     def judge(scene: Scene) -> None:
         world, before = scene
@@ -408,6 +411,77 @@ def test_hold(model):
             call(scene)
             plain.tickets[0].phase = "finetune"
             assert_goes_on_as_one_of(world, [plain], finalizes=False)
+
+    at_every_line(prepare, call, judge)
+
+
+Managing = tuple[nn.Module, torch.optim.Optimizer, Any, "dict[str, Tensor]", "dict[str, Tensor]"]
+
+
+@pytest.mark.parametrize("kind", ["held", "transformed", "gradual", "gradual at once"])
+def test_other_masks(kind):
+    """Those of before apply, or the new ones; then the loop goes on as the explicit one. Called again, it is done."""
+    before, after = ({"0.weight": torch.rand(20, 12) > 0.5, "4.weight": torch.rand(5, 16) > 0.5} for _ in range(2))
+
+    def prepare() -> Managing:
+        model = make(mlp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        managed: Any = {
+            "held": lambda: hold(model, before),
+            "transformed": lambda: RSTScheduler(model, masks=before, steps=9),
+            "gradual": lambda: GradualPruning(model, 0.5, 9, intervals=2, max_penalty=1, exclude=["2"]),
+            "gradual at once": lambda: GradualPruning(model, 0.5, 9, intervals=2, max_penalty=0, exclude=["2"]),
+        }[kind]()
+        for index in range(3):
+            go(model, optimizer, index)
+            if index < 2 and kind != "held":
+                managed.step()
+        weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+        return model, optimizer, managed, weights, dict(managed.masks)
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, index: int) -> None:
+        optimizer.zero_grad()
+        loss_of(model, index, (12,)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    def call(managing: Managing) -> None:
+        managed = managing[2]
+        if "gradual" in kind:
+            managed.step()  # the third, at which the mask grows
+        else:
+            managed.set_masks(after)
+
+    def judge(managing: Managing) -> None:
+        model, optimizer, managed, weights, masks = managing
+        now = dict(managed.masks)
+        if "gradual" not in kind:
+            assert any(all(map(torch.equal, now.values(), one.values())) for one in (masks, after))
+        elif not all(map(torch.equal, now.values(), masks.values())):
+            assert [int((~mask).sum()) for mask in now.values()] == [round(0.875 * 120), round(0.875 * 40)]
+        for name, value in model.named_parameters():
+            changed = value != weights[name]
+            assert not value[changed].any()
+            assert name in now or not changed.any()
+        other = make(mlp)
+        other.load_state_dict(model.state_dict())
+        loop = ExplicitLoop(other, now, steps=1, max_penalty=managed.penalty)
+        if managed.phase == "finetune":
+            loop.finalize()
+        other_optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        for index in range(5, 8):
+            go(model, optimizer, index)
+            other_optimizer.zero_grad()
+            loss_of(other, index, (12,)).backward()
+            loop.before_update()
+            other_optimizer.step()
+            loop.after_update()
+        assert_same(model, other)
+        call(managing)
+        if "gradual" not in kind:
+            assert all(map(torch.equal, managed.masks.values(), after.values()))
+        if kind != "held":
+            managed.finalize()
+        assert not any(model.get_parameter(name)[~mask].any() for name, mask in managed.masks.items())
 
     at_every_line(prepare, call, judge)
 

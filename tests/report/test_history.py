@@ -357,7 +357,7 @@ def test_the_writer_of_tensorboard(tmp_path):
 
 def test_bad_arguments():
     loop = Loop(make(mlp))
-    with pytest.raises(TypeError, match="takes an RSTScheduler, got Sequential"):
+    with pytest.raises(TypeError, match=r"takes an RSTScheduler, or what .* got Sequential"):
         History(loop.model)
     with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
         History(loop.rst, every=0)

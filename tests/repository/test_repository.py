@@ -26,8 +26,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def code_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 # ---------------------------------------------------------------------- the package
@@ -59,7 +62,7 @@ def test_files_are_named_for_what_they_hold():
     assert [path.name for path in FILES if path.stem in {"utils", "util", "helpers", "common", "misc"}] == []
 
 
-LAYERS = ["masks", "_tensors", "_engine", "_model", "_rst", "prune", "scheduler"]  # each may import those before it
+LAYERS = ["masks", "_tensors", "_engine", "_model", "prune", "_rst", "scheduler"]  # each may import those before it
 SATELLITES = ["baselines", "callbacks", "deploy", "export", "report"]  # and these all of them, but not one another
 
 
@@ -156,13 +159,14 @@ def test_both_commands_of_the_readme_set_up_the_same_way():
     assert quickstart.split(" && ")[:-1] == [part.replace("[test]", "[examples]") for part in test.split(" && ")[:-1]]
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
     """In its order, as somebody would paste it into one session."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     session = {}
-    for code in code_blocks("python"):
-        exec(compile(code, "README.md", "exec"), session)
+    for code in code_blocks("python", page.read_text(encoding="utf-8")):
+        exec(compile(code, page.name, "exec"), session)
 
 
 @pytest.mark.filterwarnings("ignore:the masked weights still held")  # three updates instead of ten thousand

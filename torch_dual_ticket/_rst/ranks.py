@@ -11,8 +11,11 @@ import torch.distributed as dist
 from .._model.names import unwrapped_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
+    from ..masks.mask import Mask
     from ..masks.plan import Plan
     from .schedule import Timeline
 
@@ -36,10 +39,36 @@ def agree_on_seed(seed: int | None, plan: Plan, model: nn.Module, timeline: Time
     mine = int(torch.randint(2**63 - 1, (), device="cpu").item()) if seed is None else seed
     if world_size() == 1:
         return mine
+    pruned = {
+        name: (shape, f"{', then '.join(str(counts[name]) for counts in plan.pruned)} units ({plan.pattern})")
+        for name, shape in plan.shapes.items()
+    }
+    return _gather_and_compare(mine, seed, pruned, model, timeline)[0]
+
+
+def agree_on_masks(masks: Mapping[str, Mask], model: nn.Module, timeline: Timeline | None = None) -> None:
+    """Explicit masks are the same on every rank. Collective where a default process group exists.
+
+    Raises:
+        RuntimeError: on all ranks, if they were given different masks or schedules.
+    """
+    if world_size() > 1:
+        pruned = {
+            name: (mask.shape, f"{mask.pruned_weights} weights (mask {mask.fingerprint})")
+            for name, mask in masks.items()
+        }
+        _gather_and_compare(0, None, pruned, model, timeline)
+
+
+def _gather_and_compare(
+    mine: int, given_seed: int | None, pruned: Layers, model: nn.Module, timeline: Timeline | None
+) -> list[int]:
+    """What all ranks have for ``mine``; they were given the same settings, and prune parameters of one name alike."""
     everyone: list[Any] = [None] * world_size()
-    settings = {"seed": seed} if timeline is None else {"seed": seed, **_schedule(timeline)}
+    settings = {"seed": given_seed} if timeline is None else {"seed": given_seed, **_schedule(timeline)}
+    layers: Layers = {name: (tuple(parameter.shape), "nothing") for name, parameter in unwrapped_parameters(model)}
     with _device_of(model):
-        dist.all_gather_object(everyone, (mine, settings, _layers(plan, model)))
+        dist.all_gather_object(everyone, (mine, settings, layers | pruned))
     for setting in settings:
         given = {rank: theirs.get(setting) for rank, (_, theirs, _) in enumerate(everyone)}
         if any(value != given[0] for value in given.values()):
@@ -48,7 +77,7 @@ def agree_on_seed(seed: int | None, plan: Plan, model: nn.Module, timeline: Time
                 f" every rank the same {setting}."
             )
     _check_layers([layers for _, _, layers in everyone])
-    return int(everyone[0][0])
+    return [theirs for theirs, _, _ in everyone]
 
 
 def check_not_joined(ranks: int) -> None:
@@ -84,14 +113,6 @@ def _schedule(timeline: Timeline) -> dict[str, object]:
     return {**fields, "schedule": tuple(map(timeline.penalty, samples))}
 
 
-def _layers(plan: Plan, model: nn.Module) -> Layers:
-    layers: Layers = {name: (tuple(parameter.shape), "nothing") for name, parameter in unwrapped_parameters(model)}
-    for name, shape in plan.shapes.items():
-        counts = ", then ".join(str(pruned[name]) for pruned in plan.pruned)
-        layers[name] = (shape, f"{counts} units ({plan.pattern})")
-    return layers
-
-
 def _check_layers(of_rank: list[Layers]) -> None:
     """Ranks may have different parameters, as the stages of a pipeline do, but must prune the same one alike."""
     first: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
@@ -101,6 +122,6 @@ def _check_layers(of_rank: list[Layers]) -> None:
             if theirs != pruned:
                 raise RuntimeError(
                     f"rank {other} prunes {theirs} of {name}, rank {rank} prunes {pruned}. Give every rank the same"
-                    " sparsity, pattern, distribution, targets and exclusions; and parameters that are not the same,"
-                    " different names."
+                    " sparsity, pattern, distribution, targets and exclusions, or the same masks; and parameters that"
+                    " are not the same, different names."
                 )

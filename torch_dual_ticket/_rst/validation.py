@@ -41,6 +41,13 @@ def check_unmanaged(targets: list[Target]) -> None:
             )
 
 
+def check_alone(what: str, others: Mapping[str, bool]) -> None:
+    """None of the other arguments was given, as ``what`` says already which weights are pruned."""
+    for other, is_given in others.items():
+        if is_given:
+            raise ValueError(f"{what} and {other} were given, and both say which weights are pruned: leave out {other}")
+
+
 def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
     """An optimizer of torch that holds a target, or None."""
     if optimizer is None:
@@ -141,9 +148,10 @@ def generator_unchanged_on_error() -> Iterator[None]:
         raise
 
 
-def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int, Report]:
+def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, str, int | None, Report]:
     """Scheduler steps, pending, phase, seed and report of a state that the ticket can go on from."""
-    fields = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "seed": int, "masks": dict}
+    fields: dict[str, Any] = {"version": int, "ticks": int, "update_pending": bool, "phase": str, "masks": dict}
+    fields["seed"] = int | None  # explicit masks have none
     try:
         values = {name: state[name] for name in fields}
     except (KeyError, TypeError, IndexError):
@@ -167,13 +175,14 @@ def check_state(state: Mapping[str, Any], ticket: Ticket) -> tuple[int, bool, st
     return state["ticks"], state["update_pending"], state["phase"], state["seed"], report
 
 
-def check_same_masks(mine: Mapping[str, str], theirs: Mapping[str, str], seeds: tuple[int, int]) -> None:
+def check_same_masks(mine: Mapping[str, str], theirs: Mapping[str, str], seeds: tuple[int | None, int | None]) -> None:
     """The fingerprints in a state are those of the masks here; names the first parameter where they are not."""
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             what = "differs" if name in mine and name in theirs else "is only here" if name in mine else "is only there"
-            why = "" if seeds[0] == seeds[1] else f" (the seeds differ: {seeds[0]} here, {seeds[1]} in the state)"
+            here, there = ("no seed" if seed is None else seed for seed in seeds)
+            why = "" if here == there else f" (the seeds differ: {here} here, {there} in the state)"
             raise ValueError(
                 f"the state belongs to other masks: {name} {what}{why}. Build the scheduler as the saved one was built:"
-                " same seed, sparsity, pattern, distribution, targets and exclusions."
+                " same seed, sparsity, pattern, distribution, targets and exclusions, or the same masks."
             )

@@ -2,97 +2,127 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from .._engine.layer_hook import manage
 from .._engine.ticket import Ticket
-from .._model.names import unwrapped_modules, unwrapped_parameters
-from .._model.targets import DEFAULT_TARGETS, check_model, find_targets
-from .._rst.mask_view import MaskView, apply_masks, sparsity_of, still_managed
-from .._rst.ranks import agree_on_seed
+from .._model.masked import find_masked, masks_of_zeros
+from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._rst.managed import ManagedMasks
+from .._rst.ranks import agree_on_masks, agree_on_seed
 from .._rst.schedule import check_integer
 from .._rst.validation import check_directions, check_unmanaged, generator_unchanged_on_error
-from ..masks.explicit import ExplicitMask
 from ..masks.plan import make_plan
+from ..masks.records import as_state, of_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from .._model.targets import Target, TargetType
     from ..masks.mask import Mask
 
 
-class HeldMasks:
+class HeldMasks(ManagedMasks):
     """Masks in force on a model: what :func:`hold` and :func:`random_ticket` return.
 
     The masked weights stay zero for as long as the model lives, also when this object is dropped; :meth:`remove` ends
-    it. After a restart, build the model, hold the same masks again, and load the weights.
+    it. ``export.save_ticket()``, ``report.summary()`` and ``report.History`` take it like a scheduler.
     """
 
     def __init__(self, model: nn.Module, targets: list[Target], masks: Mapping[str, Mask]) -> None:
         check_unmanaged(targets)
         check_directions(targets, masks)
         masks = {target.name: masks[target.name] for target in targets}
-        self._ticket = Ticket(model, masks)
+        self._model, self._ticket = model, Ticket(model, masks)
         manage(self._ticket, targets)
         self._ticket.hold_zeros(masks)
 
-    @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """Parameter name -> bool tensor of the full shape, True = kept."""
-        return MaskView(self._managed(), self._ticket)
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Put other masks in force from now on: for gradual pruning, or to exchange weights (SET, RigL).
 
-    @property
-    def sparsity(self) -> float:
-        """The fraction of masked weights over all managed parameters."""
-        return sparsity_of(self._managed())
+        What they remove is set to zero now; weights that come back start from zero, and are trained from the next
+        ``backward()`` on. Call it between two updates. Collective where a default process group exists.
 
-    def _managed(self) -> dict[str, Mask]:
-        """Without the parameters that ``prune.remove`` has detached."""
-        return still_managed(self._ticket)
-
-    def apply_masks(self, model: nn.Module) -> None:
-        """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
+        Args:
+            masks: as for :func:`hold`, for exactly the same parameters.
 
         Raises:
-            TypeError: ``model`` is not a module.
-            ValueError: a parameter's name or shape is not found in ``model``; nothing is changed then.
+            TypeError, ValueError: masks that cannot be used; nothing is changed then.
+            RuntimeError: after :meth:`remove`; or ranks disagree.
         """
-        apply_masks(model, self._managed())
+        self._hold(self._checked(masks))
 
-    def remove(self) -> None:
-        """Remove every hook and leave a plain model: zeros stay where they are, but nothing keeps them."""
-        self._ticket.release()
+    def _hold(self, masks: Mapping[str, Mask]) -> None:
+        self._ticket.reshard()
+        self._ticket.hold_zeros(masks, self._steps, self._ticket.stage.report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, for a checkpoint: a byte for eight weights, or the seed of a random ticket."""
+        return as_state(self._masks())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the saved masks in force, as :meth:`set_masks`. Load the model's state too, before or after.
+
+        After a restart :func:`hold` any masks of the same parameters first.
+
+        Args:
+            state: of :meth:`state_dict`, or what ``export.load_ticket()`` returned for such masks.
+
+        Raises:
+            ValueError: not such a state, or one of other parameters; nothing is changed then.
+        """
+        saved = of_state(state)
+        checked = self._checked({name: mask.draw() for name, mask in saved.items()})
+        self._hold({**checked, **saved})  # what is drawn from a seed stays so
 
 
-def hold(
-    model: nn.Module, masks: Mapping[str, Tensor], *, targets: Sequence[TargetType] = DEFAULT_TARGETS
-) -> HeldMasks:
+def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMasks:
     """Set the masked weights to zero now, and keep them at exactly zero in whatever loop trains the model.
+
+    Collective where a default process group exists: every rank gives the full masks, and the same ones.
 
     Args:
         model: a module; its structure and names stay as they are.
-        masks: parameter name -> bool tensor of the parameter's shape, True = kept. Parameters without one stay dense.
-        targets: module types whose ``weight`` may be masked, as for :class:`torch_dual_ticket.RSTScheduler`.
+        masks: parameter name -> mask of the parameter's shape, bool or 0 and 1 of any dtype, True = kept. Parameters
+            without one stay dense. None: the zeros that the weights of linear and convolutional layers have now, in a
+            model that is sparse already; weights without zeros stay dense. Parameters may be frozen.
 
     Raises:
-        TypeError, ValueError: a mask that is not bool, has another shape than its parameter, or the name of no
-            parameter; a parameter that is managed already. Nothing is changed then.
+        TypeError, ValueError: a mask with other values, or of another shape than its parameter, or the name of no
+            parameter; a parameter that is managed already; None, and no weight is zero. Nothing is changed then.
+        RuntimeError: ranks disagree.
+
+    Warns:
+        UserWarning: None, and a weight is nothing but zeros, which would stay so.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
         >>> held = hold(model, {"0.weight": torch.tensor([[True, False, False, True], [False, True, True, True]])})
         >>> held.sparsity, int((model[0].weight == 0).sum())
         (0.375, 3)
     """
-    found = _find_masked(model, masks, targets)
-    return HeldMasks(model, found, {target.name: ExplicitMask(masks[target.name]) for target in found})
+    if masks is None:
+        masks = masks_of_zeros(model)
+        if not masks:
+            raise ValueError(
+                "there is nothing to hold: no weight of a linear or convolutional layer is zero. Load the sparse"
+                " weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
+            )
+        empty = [name for name, kept in masks.items() if not bool(kept.any())]
+        if empty:
+            warnings.warn(
+                f"{', '.join(empty[:3])}{', …' if empty[3:] else ''}: all zero, and held so. If that is how the layer"
+                " begins (zero initialization), give masks without it.",
+                stacklevel=2,
+            )
+    found, explicit = find_masked(model, masks, frozen=True)
+    agree_on_masks(explicit, model)
+    return HeldMasks(model, found, explicit)
 
 
 def random_ticket(
@@ -125,39 +155,3 @@ def random_ticket(
     found = [target for target in found if target.name in plan.shapes]
     with generator_unchanged_on_error():
         return HeldMasks(model, found, plan.masks(agree_on_seed(given, plan, model)))
-
-
-def _find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[TargetType]) -> list[Target]:
-    """The parameters that these masks, by parameter name, are for; errors as of :func:`hold`."""
-    check_model(model)
-    if not masks:
-        raise ValueError("there is nothing to hold: masks is empty")
-    for name, mask in masks.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"the mask of {name} must be a bool tensor, True = kept; got {kind}")
-    parameters = dict(unwrapped_parameters(model))
-    masked = {id(parameter) for name, parameter in parameters.items() if name in masks}
-    # Layers without a mask may be frozen, lazy or already pruned: find_targets() would refuse them.
-    others = [
-        _literally(name)
-        for name, module in unwrapped_modules(model)
-        if name and not any(id(parameter) in masked for parameter in module.parameters())
-    ]
-    found = {target.name: target for target in find_targets(model, types, others)} if masked else {}
-    for name, mask in masks.items():
-        if name not in found:
-            first = {id(target.parameter): target.name for target in found.values()}.get(id(parameters.get(name)))
-            why = "the model has no such parameter"
-            if name in parameters:
-                why = f"it is tied to {first}: name that" if first else "it belongs to none of the types in `targets`"
-            names = ", ".join(found) or "none"
-            raise ValueError(f"the mask of {name!r} does not belong to a parameter: {why}. Found: {names}")
-        if tuple(mask.shape) != found[name].shape:
-            raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {found[name].shape}")
-    return [target for name, target in found.items() if name in masks]
-
-
-def _literally(name: str) -> str:
-    """An fnmatch pattern that matches this name alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

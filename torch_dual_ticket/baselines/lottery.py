@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._rst.schedule import check_integer
 from .._rst.validation import check_directions, check_unmanaged
 from ..masks.explicit import ExplicitMask
+from ..masks.records import of_state
 from .held import HeldMasks
 from .magnitude import remove_smallest, rounds_of_counts
 
@@ -34,6 +35,9 @@ class LotteryTicket:
         distribution: "uniform", "erk", or "global"; as for :func:`magnitude_masks`.
         targets: module types whose ``weight`` is masked.
         exclude: fnmatch patterns of module names that stay dense, with all below them.
+
+    Attributes:
+        held: the masks in force, as :func:`torch_dual_ticket.baselines.hold` returns them; None before the first round.
 
     Raises:
         TypeError, ValueError: arguments that cannot be used; the model is left as it was.
@@ -74,7 +78,7 @@ class LotteryTicket:
         self._counts = rounds_of_counts(found, sparsity, distribution, self.rounds)
         check_unmanaged(found)
         self._model, self._targets, self._exclude = model, tuple(targets), tuple(exclude)
-        self._held: HeldMasks | None = None
+        self.held: HeldMasks | None = None
         self.remember()
 
     def remember(self) -> None:
@@ -98,7 +102,7 @@ class LotteryTicket:
         if self.done:
             raise RuntimeError(f"all {self.rounds} rounds are over; the ticket has its sparsity of {self.sparsity:.2%}")
         found = find_targets(self._model, self._targets, self._exclude)
-        if self._held is not None:  # a layer that prune.remove() has detached stays so
+        if self.held is not None:  # a layer that prune.remove() has detached stays so
             found = [target for target in found if target.name in self.masks]
         masks = remove_smallest(self._model, found, self._counts[self.round], self.masks)
         found = [target for target in found if target.name in masks]
@@ -108,8 +112,42 @@ class LotteryTicket:
         self._model.load_state_dict(self._origin)
         for parameter in self._model.parameters():
             parameter.grad = None  # of the weights before
-        self._held = HeldMasks(self._model, found, explicit)
+        self.held = HeldMasks(self._model, found, explicit)
         self.round += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The round, its masks, and the weights to rewind to: save it beside the model's and the optimizer's state."""
+        return {
+            "round": self.round,
+            "origin": dict(self._origin),
+            "held": None if self.held is None else self.held.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the saved round. Load the model's and the optimizer's state too, before or after.
+
+        Raises:
+            ValueError: not a state of this class, or one of another model or of more rounds; nothing is changed then.
+        """
+        try:
+            number, origin, held = state["round"], dict(state["origin"]), state["held"]
+            masks = {} if held is None else of_state(held)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a state_dict() of a LotteryTicket: {error!r}") from error
+        if not 0 <= number <= self.rounds:
+            raise ValueError(f"the state is of round {number}, and this ticket has {self.rounds} rounds")
+        shapes, saved = ({name: tuple(value.shape) for name, value in of.items()} for of in (self._origin, origin))
+        if wrong := sorted(shapes.items() ^ saved.items()):
+            raise ValueError(f"the state is of another model: {wrong[0][0]} is not there, or has another shape")
+        targets = find_targets(self._model, self._targets, self._exclude)
+        targets = [target for target in targets if target.name in masks]
+        if len(targets) < len(masks) or any(target.shape != masks[target.name].shape for target in targets):
+            raise ValueError(f"the state is of other layers: it has masks of {', '.join(masks)}")
+        check_directions(targets, masks)  # before anything is changed
+        origin = copy.deepcopy(origin)
+        self.remove()
+        self.held = HeldMasks(self._model, targets, masks) if masks else None
+        self._origin, self.round = origin, number
 
     @property
     def done(self) -> bool:
@@ -119,14 +157,14 @@ class LotteryTicket:
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool tensor, True = kept; empty before the first round."""
-        return {} if self._held is None else self._held.masks
+        return {} if self.held is None else self.held.masks
 
     @property
     def sparsity(self) -> float:
         """The fraction of masked weights over all targets; 0 before the first round."""
-        return 0.0 if self._held is None else self._held.sparsity
+        return 0.0 if self.held is None else self.held.sparsity
 
     def remove(self) -> None:
         """Remove every hook and leave a plain model: zeros stay where they are, but nothing keeps them."""
-        if self._held is not None:
-            self._held.remove()
+        if self.held is not None:
+            self.held.remove()

@@ -1,4 +1,4 @@
-"""Masks by magnitude: the weights that are smallest now are removed."""
+"""Masks by magnitude, or by other scores: the weights that have the smallest now are removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .._model.targets import Target, TargetType
 
-_ALL = ""  # the key of all layers together, where they have one threshold
+ALL = ""  # the key of all layers together, where they have one threshold
 
 
 def magnitude_masks(
@@ -31,10 +31,11 @@ def magnitude_masks(
     distribution: str = "uniform",
     pattern: str = "unstructured",
     within: Mapping[str, Tensor] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     targets: Sequence[TargetType] = DEFAULT_TARGETS,
     exclude: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """The masks that remove the weights of smallest magnitude as they are now; nothing is changed.
+    """The masks that remove the weights of smallest magnitude, or score, as they are now; nothing is changed.
 
     Ties go by position: earlier weights are removed first. Of a weight under weight_norm the direction is compared.
 
@@ -45,6 +46,8 @@ def magnitude_masks(
         distribution: "uniform" or "erk" (a count for each layer), or "global": one threshold for all layers.
         pattern: "unstructured", or "n:m": of every m weights along the input dimension the n largest stay.
         within: earlier masks; what they remove is removed first, so that masks are nested.
+        scores: parameter name -> finite tensor of the parameter's shape, compared in place of the magnitudes: what is
+            smallest is removed. So SNIP, GraSP, wanda … are a line each. Names that are no targets do not matter.
         targets: module types whose ``weight`` is masked.
         exclude: fnmatch patterns of module names that stay dense, with all below them.
 
@@ -52,7 +55,7 @@ def magnitude_masks(
         Parameter name -> bool tensor on the parameter's device, True = kept; for :func:`hold`.
 
     Raises:
-        TypeError, ValueError: arguments that cannot be used.
+        TypeError, ValueError: arguments that cannot be used; scores that are missing, or not finite.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -62,12 +65,19 @@ def magnitude_masks(
         {'weight': tensor([[ True, False, False,  True]])}
         >>> magnitude_masks(model, pattern="1:2")
         {'weight': tensor([[ True, False, False,  True]])}
+        >>> magnitude_masks(model, 0.5, scores={"weight": model.weight})  # signed
+        {'weight': tensor([[ True, False,  True, False]])}
     """
-    if parse_pattern(pattern).kind not in ("unstructured", "n:m"):
-        raise ValueError(f"magnitudes are compared weight by weight: unstructured or n:m, not pattern={pattern!r}")
+    check_pattern(pattern)
     found = find_targets(model, targets, exclude)
     counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]
-    return remove_smallest(model, found, counts, within, pattern)
+    return remove_smallest(model, found, counts, within, pattern, scores)
+
+
+def check_pattern(pattern: str) -> None:
+    """One of single weights."""
+    if parse_pattern(pattern).kind not in ("unstructured", "n:m"):
+        raise ValueError(f"magnitudes are compared weight by weight: unstructured or n:m, not pattern={pattern!r}")
 
 
 def rounds_of_counts(
@@ -92,7 +102,7 @@ def rounds_of_counts(
     counts = [pruned_units(sparsity_of_cycle(sparsity, cycle, rounds), total) for cycle in range(1, rounds + 1)]
     if not counts[-1]:
         raise ValueError(f"nothing to prune: sparsity={sparsity!r} of {total} weights rounds to none")
-    return [{_ALL: count} for count in counts]
+    return [{ALL: count} for count in counts]
 
 
 @torch.no_grad()
@@ -102,21 +112,26 @@ def remove_smallest(
     counts: Mapping[str, int],
     within: Mapping[str, Tensor] | None,
     pattern: str = "unstructured",
+    scores: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The masks that remove this many of the smallest weights, within the earlier masks."""
+    """The masks that remove this many of the smallest weights, within the earlier masks.
+
+    Under "n:m" fewer than all that the pattern removes may go: of those the smallest.
+    """
     reshard(model)
     parsed = parse_pattern(pattern)
     masks, magnitudes = {}, {}
     for target in targets:
         name = target.name
-        if _ALL not in counts and name not in counts:
+        if ALL not in counts and name not in counts:
             continue  # stays dense
-        magnitude = whole(target.parameter).detach().abs()
+        magnitude = whole(target.parameter).detach().abs() if scores is None else _score(target, scores)
         if within is not None and name in within:
-            magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -1)
+            magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -math.inf)
         if parsed.kind == "n:m":
-            masks[name] = _largest_of_groups(magnitude, parsed.first, parsed.second, input_dim(target.transposed))
-        elif _ALL in counts:
+            stay = _largest_of_groups(magnitude, parsed.first, parsed.second, input_dim(target.transposed))
+            masks[name] = stay | _largest(magnitude.masked_fill(stay, math.inf), counts[name])
+        elif ALL in counts:
             magnitudes[name] = magnitude
         else:
             masks[name] = _largest(magnitude, counts[name])
@@ -124,11 +139,23 @@ def remove_smallest(
         return masks
     device = next(iter(magnitudes.values())).device
     together = torch.cat([magnitude.flatten().to(device) for magnitude in magnitudes.values()])
-    parts = torch.split(_largest(together, counts[_ALL]), [magnitude.numel() for magnitude in magnitudes.values()])
+    parts = torch.split(_largest(together, counts[ALL]), [magnitude.numel() for magnitude in magnitudes.values()])
     return {
         name: part.view(magnitude.shape).to(magnitude.device)
         for (name, magnitude), part in zip(magnitudes.items(), parts, strict=True)
     }
+
+
+def _score(target: Target, scores: Mapping[str, Tensor]) -> Tensor:
+    """What somebody computed for a weight, on its device."""
+    name, score = target.name, scores.get(target.name)
+    if not isinstance(score, Tensor) or tuple(score.shape) != target.shape:
+        got = "nothing" if score is None else getattr(score, "shape", type(score).__name__)
+        raise ValueError(f"scores must have a tensor of shape {target.shape} for {name}, got {got}")
+    score = whole(score.detach()).to(target.parameter.device)
+    if score.is_complex() or not bool(score.isfinite().all()):
+        raise ValueError(f"the scores of {name} must be finite real numbers, which can be ordered")
+    return score if score.is_floating_point() else score.double()
 
 
 def _largest(magnitude: Tensor, pruned: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tickets as files: only the weights that were kept, and the seed that redraws where they belong.
+"""Tickets as files: only the weights that were kept, and the seed (or the mask's bits) for where they belong.
 
 ================================  ====================================================================================
 ``save_ticket(rst, path)``        write a finalized model

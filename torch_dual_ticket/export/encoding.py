@@ -1,22 +1,23 @@
-"""A state_dict without what the masks remove: the kept values, and the fields that masks are drawn from."""
+"""A state_dict without what the masks remove: the kept values, and what gives the masks again."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._tensors.sharding import whole
-from ..masks.seeded import SeededMask
+from ..masks.records import as_record, of_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..masks.mask import Mask
+
 
 def encode(
-    state: Mapping[str, Tensor], masks: Mapping[str, SeededMask], *, stored: bool = True
+    state: Mapping[str, Tensor], masks: Mapping[str, Mask], *, stored: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The tensors to store, and an entry for each name of the state_dict that says how to make it of them.
 
@@ -59,20 +60,29 @@ def encode(
     return tensors, entries
 
 
-def describe(masks: Mapping[str, SeededMask]) -> dict[str, dict[str, Any]]:
-    """What redraws the masks, and their fingerprints."""
-    return {name: asdict(mask) | {"fingerprint": mask.fingerprint} for name, mask in masks.items()}
+def describe(masks: Mapping[str, Mask]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What gives the masks again: the bits of explicit masks as tensors to store, and for each mask what is plain."""
+    records = {name: as_record(mask) for name, mask in masks.items()}
+    bits = {f"{name} (mask)": record.pop("bits") for name, record in records.items() if "bits" in record}
+    return bits, records
+
+
+def masks_of(tensors: dict[str, Tensor], records: Mapping[str, dict[str, Any]]) -> dict[str, Mask]:
+    """The inverse of :func:`describe`; takes the bits out of the stored tensors."""
+    return {
+        name: of_record(record if "seed" in record else {**record, "bits": tensors.pop(f"{name} (mask)")})
+        for name, record in records.items()
+    }
 
 
 def decode(
-    tensors: Mapping[str, Tensor], masks: Mapping[str, dict[str, Any]], entries: Mapping[str, dict[str, Any]]
+    tensors: Mapping[str, Tensor], masks: Mapping[str, Mask], entries: Mapping[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """The dense state_dict, on the CPU: the inverse of :func:`encode` and :func:`describe`.
+    """The dense state_dict, on the CPU: the inverse of :func:`encode`.
 
     Raises:
         AttributeError, KeyError, RuntimeError, TypeError, ValueError: they do not belong together.
     """
-    redrawn = {name: _mask(fields) for name, fields in masks.items()}
     state: dict[str, Tensor] = {}
     used = set()
     for key, entry in entries.items():
@@ -81,7 +91,7 @@ def decode(
             continue
         dtype, shape = getattr(torch, entry["dtype"]), tuple(entry["shape"])
         name = entry.get("kept_by", entry.get("equals_mask"))
-        kept = None if name is None else _draw(redrawn[name], key, shape, torch.device("cpu"))
+        kept = None if name is None else _draw(masks[name], key, shape, torch.device("cpu"))
         if "equals_mask" in entry:
             assert kept is not None
             state[key] = kept.to(dtype)
@@ -102,7 +112,7 @@ def decode(
     return state
 
 
-def _roles(state: Mapping[str, Tensor], masks: Mapping[str, SeededMask]) -> dict[int, tuple[str, str]]:
+def _roles(state: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> dict[int, tuple[str, str]]:
     """By the id of a tensor: the name of its mask, and what the tensor is.
 
     "weight": zero where masked. In the layout of ``torch.nn.utils.prune``: "multiplied" by "mask".
@@ -141,14 +151,7 @@ def _scatter(values: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     return zeros.masked_scatter_(kept, values.view(integers)).view(values.dtype)
 
 
-def _mask(fields: dict[str, Any]) -> SeededMask:
-    mask = SeededMask(**{name: value for name, value in fields.items() if name != "fingerprint"})
-    if mask.fingerprint != fields["fingerprint"]:
-        raise ValueError(f"the mask of {mask.name} would not be the one that was saved: it has another fingerprint")
-    return mask
-
-
-def _draw(mask: SeededMask, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _draw(mask: Mask, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if mask.shape != shape:
         raise ValueError(f"{key} has shape {shape}, and its mask {mask.shape}")
     return mask.draw(device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,18 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._model.names import unwrapped_modules, unwrapped_name
+from .._rst.managed import ManagedMasks
 from .._tensors.dtensor import is_sharded, local
 from .._tensors.sharding import is_first_rank_of, sharded_like
+from ..masks.records import as_state
+from ..scheduler import RSTScheduler
 from . import checksum
-from .encoding import decode, describe, encode
-
-if TYPE_CHECKING:
-    from ..scheduler import RSTScheduler
+from .encoding import decode, describe, encode, masks_of
 
 _VERSION = 1
 
 
-def save_ticket(rst: RSTScheduler, path: str | os.PathLike[str]) -> None:
+def save_ticket(rst: ManagedMasks, path: str | os.PathLike[str]) -> None:
     """Write the whole ``state_dict`` of a finalized model to a file: of each target the kept weights alone.
 
     Call it at any time after ``finalize()``, also after ``to_prune()`` or ``remove()``. Everything comes back bit by
@@ -35,35 +35,38 @@ def save_ticket(rst: RSTScheduler, path: str | os.PathLike[str]) -> None:
     before they read it. Otherwise it is not collective: under DDP call it on one rank.
 
     Args:
-        rst: a scheduler whose ``finalize()`` has been called.
+        rst: a scheduler whose ``finalize()`` has been called, or masks of :mod:`torch_dual_ticket.baselines`.
         path: an existing file is replaced. The suffix ".safetensors" tells people what it is.
 
     Raises:
         ImportError: safetensors is not installed.
-        TypeError: ``rst`` is not a scheduler.
+        TypeError: ``rst`` is neither.
         RuntimeError: ``finalize()`` has not been called.
         ValueError: masked weights that are not zero (any more), or an entry of the state_dict that is not a dense
             tensor with its own memory.
 
     Example: in :mod:`torch_dual_ticket.export`.
     """
-    phase = getattr(rst, "phase", None)
-    if phase not in ("transform", "finetune"):
-        raise TypeError(f"save_ticket() takes the RSTScheduler that made the ticket, got {type(rst).__name__}")
-    if phase != "finetune":
+    if not isinstance(rst, ManagedMasks):
+        raise TypeError(
+            "save_ticket() takes the RSTScheduler that made the ticket, or what baselines.hold() returned; got"
+            f" {type(rst).__name__}"
+        )
+    if rst.phase != "finetune":
         raise RuntimeError("save_ticket() needs the final masks: call finalize() first")
     state, masks = _state_of(rst._model), rst._masks()
     writes = all(is_first_rank_of(tensor) for tensor in state.values())
     tensors, entries = encode(state, masks, stored=writes)
     if not writes:
         return
+    bits, records = describe(masks)
     description = {
         "version": _VERSION,
-        "scheduler": rst.state_dict(),
-        "masks": describe(masks),
+        "scheduler": RSTScheduler.state_dict(rst) if isinstance(rst, RSTScheduler) else None,
+        "masks": records,
         "state_dict": entries,
     }
-    checksum.write(path, tensors, description)
+    checksum.write(path, tensors | bits, description)
 
 
 def load_ticket(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
@@ -71,15 +74,16 @@ def load_ticket(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
 
     Call it before or after wrapping the model (DDP, ``torch.compile``, FSDP2: on every rank) and creating the
     optimizer; on any device. The model then has its zeros, but nothing keeps them: to train on, give what this returns
-    to the ``load_state_dict`` of an ``RSTScheduler`` on the model, built with the arguments of the first. (In the
-    layout of ``torch.nn.utils.prune`` nothing more is needed: there torch keeps them.)
+    to the ``load_state_dict`` of an ``RSTScheduler`` on the model, built with the arguments of the first; or let
+    ``baselines.hold(model)`` hold the zeros. (In the layout of ``torch.nn.utils.prune`` nothing more is needed: there
+    torch keeps them.)
 
     Args:
         path: a file of :func:`save_ticket`.
         model: names, shapes, dtypes and tied weights must be those of the file.
 
     Returns:
-        The scheduler's ``state_dict()`` as it was when the ticket was saved.
+        The ``state_dict()`` of the scheduler, or of the held masks, as it was when the ticket was saved.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -134,12 +138,14 @@ def read_ticket(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The dense state_dict and the scheduler's state."""
+    """The dense state_dict, and the state of the scheduler or of the held masks."""
     tensors, description = checksum.read(path)
     try:
         if description["version"] != _VERSION:
             raise ValueError(f"its version is {description['version']!r}, and this release reads version {_VERSION}")
-        return decode(tensors, description["masks"], description["state_dict"]), dict(description["scheduler"])
+        masks, scheduler = masks_of(tensors, description["masks"]), description["scheduler"]
+        state = as_state(masks) if scheduler is None else dict(scheduler)
+        return decode(tensors, masks, description["state_dict"]), state
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is not a ticket that this release can read: {error!r}") from error
 

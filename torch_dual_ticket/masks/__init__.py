@@ -5,6 +5,7 @@
 * ``distributions``: how much of each layer is pruned (uniform, by name, ERK).
 * ``plan``: from the user's arguments to a number of units for each layer and cycle.
 * ``mask``, ``seeded``, ``explicit``: the masks themselves; seeded ones are drawn when needed, explicit ones are stored.
+* ``records``: masks as they are saved.
 """
 
 from .mask import Mask

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 class Mask(Protocol):
     """The mask of one parameter: a :class:`SeededMask`, which is drawn, or an :class:`ExplicitMask`, which is stored.
 
-    ``draw`` gives a bool tensor, True = kept: of the whole mask, or of the block ``offset … offset + size``.
+    Equal fingerprints mean equal masks. ``draw`` gives a bool tensor, True = kept: of the whole mask, or of the block
+    ``offset … offset + size``.
     """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def pruned_weights(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
     def draw(
         self,
         *,

@@ -6,14 +6,15 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .._rst.managed import ManagedMasks
 from .._rst.residual import LayerReport, Report, take_measurement
 from .._rst.schedule import check_integer
+from ..scheduler import RSTScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .._rst.residual import Measurement
-    from ..scheduler import RSTScheduler
 
 _VERSION = 1
 _POINTS = 200  # records of a transformation, if the user does not say how often
@@ -63,12 +64,12 @@ class History:
     With sharded parameters (FSDP2, DTensor) recording is collective: call it on every rank. Under DDP one rank will do.
 
     Args:
-        rst: what is recorded. It is not kept alive.
+        rst: what is recorded: a scheduler, or masks of :mod:`torch_dual_ticket.baselines`. It is not kept alive.
         every: record when :attr:`Record.step` reaches a multiple of this; and at the first call, and the first after
-            ``finalize()``. None: about 200 times over the transformation.
+            ``finalize()``. None: about 200 times over the transformation; of held masks at each call.
 
     Raises:
-        TypeError, ValueError: ``rst`` is not a scheduler, or ``every`` not a positive integer.
+        TypeError, ValueError: ``rst`` is neither, or ``every`` not a positive integer.
 
     Example:
         >>> import torch
@@ -97,10 +98,13 @@ class History:
         600 finetune λ=0.00, sparsity 90%
     """
 
-    def __init__(self, rst: RSTScheduler, *, every: int | None = None) -> None:
-        if not hasattr(rst, "_timeline"):
-            raise TypeError(f"History() takes an RSTScheduler, got {type(rst).__name__}")
-        self.every = max(1, rst._timeline.total // _POINTS) if every is None else check_integer("every", every, 1)
+    def __init__(self, rst: ManagedMasks, *, every: int | None = None) -> None:
+        if not isinstance(rst, ManagedMasks):
+            raise TypeError(
+                f"History() takes an RSTScheduler, or what baselines.hold() returned; got {type(rst).__name__}"
+            )
+        updates = rst._timeline.total if isinstance(rst, RSTScheduler) else 0
+        self.every = max(1, updates // _POINTS) if every is None else check_integer("every", every, 1)
         self._rst = weakref.ref(rst)  # a strong one would keep a dropped model in memory
         self._records: list[Record] = []
         self._unread: list[tuple[int, str, float, Measurement | Report]] = []
@@ -120,7 +124,7 @@ class History:
                 "record() has nothing to measure: the RSTScheduler of this history does not exist any more"
             )
         phase, steps = rst.phase, rst._steps
-        is_over = rst.done or phase == "finetune"
+        is_over = phase == "finetune" or (isinstance(rst, RSTScheduler) and rst.done)
         self._step = max(steps, self._step + 1) if is_over else steps
         at = phase, self._step // self.every
         if at == self._last:
@@ -129,6 +133,7 @@ class History:
         if not measurement.counts:  # after remove()
             return
         if self._last is not None and (self._last[0], phase) == ("transform", "finetune") and rst._report.layers:
+            assert isinstance(rst, RSTScheduler)
             self._unread.append((self._step, "transform", rst._timeline.penalty(steps), rst._report))
         self._unread.append((self._step, phase, rst.penalty, measurement))
         self._last = at

@@ -180,7 +180,9 @@ def _model_of(given: Any) -> nn.Module:
         return given
     ticket = getattr(given, "_ticket", None)
     if not isinstance(ticket, Ticket):
-        raise TypeError(f"summary() takes a torch.nn.Module, or the RSTScheduler on one; got {type(given).__name__}")
+        raise TypeError(
+            f"summary() takes a torch.nn.Module, or the RSTScheduler or held masks on one; got {type(given).__name__}"
+        )
     model = ticket.model()
     if model is None:
         raise RuntimeError(f"the model of this {type(given).__name__} does not exist any more")

@@ -1,0 +1,151 @@
+"""Which parameters the masks are for that somebody gives by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .._tensors.dtensor import reshard
+from .._tensors.sharding import whole
+from ..masks.explicit import ExplicitMask
+from .names import unwrapped_modules, unwrapped_parameters
+from .targets import (
+    DEFAULT_TARGETS,
+    Target,
+    _all_tensor_names,
+    _check_parameter,
+    _check_type,
+    _resolve,
+    _tensor_names,
+    _users,
+    check_model,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def find_masked(
+    model: nn.Module, masks: Mapping[str, Tensor], *, frozen: bool = False
+) -> tuple[list[Target], dict[str, ExplicitMask]]:
+    """The parameters that have these names, in the model's order, and their masks. Collective for sharded masks.
+
+    Args:
+        model: the module that has the parameters.
+        masks: parameter name in the unwrapped model -> mask of the parameter's shape: bool, or 0 and 1 of any dtype.
+        frozen: whether parameters may be frozen.
+
+    Raises:
+        TypeError, ValueError: a mask that is none, or does not belong to a parameter that can be pruned.
+    """
+    check_model(model)
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks is a mapping from parameter names to masks, got {type(masks).__name__}")
+    if not masks:
+        raise ValueError("masks is empty, so there is nothing to hold at zero: give a mask for each parameter to prune")
+    reshard(model)
+    modules = dict(unwrapped_modules(model))
+    named = dict(unwrapped_parameters(model))
+    wanted = {id(named[name]) for name in masks if name in named}
+    first_names = {id(parameter): name for name, parameter in reversed(named.items())}
+    found: dict[str, Target] = {}
+    for layer_name, layer in modules.items():
+        if isinstance(layer, parametrize.ParametrizationList):  # the layer above has its parameters
+            continue
+        for tensor_name in _all_tensor_names(layer):
+            if wanted.isdisjoint(map(id, _behind(layer, tensor_name))):
+                continue
+            occurrence = _resolve(layer_name, layer, tensor_name)
+            name = first_names[id(occurrence.parameter)]
+            target = found.setdefault(name, Target(name))
+            known = [(other.owner, other.attribute) for other in target.occurrences]
+            if (occurrence.owner, occurrence.attribute) not in known:  # a shared module has several names
+                target.occurrences.append(occurrence)
+    for name in masks:
+        if name not in found:
+            raise ValueError(_why_not(name, named, first_names, found))
+    targets = [found[name] for name in named if name in masks]
+    for target in targets:
+        if not (frozen and _is_ordinary(target.parameter)):
+            _check_parameter(target)
+        target.users = [user for occurrence in target.occurrences for user in _users(occurrence, modules)]
+    return targets, {target.name: ExplicitMask(_checked(target, masks[target.name])) for target in targets}
+
+
+def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
+    """The masks, by parameter name, that are False where weights of the default targets are zero.
+
+    A weight without zeros has none; nor has one that an embedding also owns, whose padding is zero, one that
+    ``torch.nn.utils.prune`` masks itself, or one behind a parametrization that zeros do not survive.
+    """
+    check_model(model)
+    reshard(model)
+    named = dict(unwrapped_parameters(model))
+    first_names = {id(parameter): name for name, parameter in reversed(named.items())}
+    types = [_check_type(entry) for entry in DEFAULT_TARGETS]
+    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    masks = {}
+    for layer_name, layer in unwrapped_modules(model):
+        for tensor_name in _tensor_names(layer, types):
+            try:
+                parameter = _resolve(layer_name, layer, tensor_name).parameter
+            except ValueError:
+                continue
+            if id(parameter) in seen or parameter.is_meta or not _is_ordinary(parameter):
+                continue
+            seen.add(id(parameter))
+            kept = whole(parameter.detach()) != 0
+            if not bool(kept.all()):
+                masks[first_names[id(parameter)]] = kept
+    return masks
+
+
+def _behind(layer: nn.Module, tensor_name: str) -> Iterator[Any]:
+    """The parameters that an attribute of the layer is made of; the older weight_norm keeps them in the layer."""
+    yield from (layer._parameters.get(f"{tensor_name}{suffix}") for suffix in ("", "_v", "_orig"))
+    if parametrize.is_parametrized(layer, tensor_name):
+        yield from layer.parametrizations[tensor_name].parameters()  # type: ignore[union-attr, index]
+
+
+def _is_ordinary(parameter: Tensor) -> bool:
+    return (
+        not nn.parameter.is_lazy(parameter)
+        and (parameter.is_floating_point() or parameter.is_complex())
+        and not parameter.is_conj()
+        and parameter.layout is torch.strided
+    )
+
+
+def _why_not(name: str, named: Mapping[str, Any], first_names: Mapping[int, str], found: Mapping[str, Target]) -> str:
+    first = first_names.get(id(named.get(name)), name)
+    if name not in named:
+        why = f"the model has no such parameter, but {', '.join(list(named)[:8])}{', …' if len(named) > 8 else ''}"
+    elif first in found:
+        why = f"it is tied to {first}: name that"
+    else:
+        why = "a weight is computed from it by weight_norm or another reparametrization"
+    return f"the mask of {name!r} does not belong to a parameter: {why}"
+
+
+def _checked(target: Target, mask: Any) -> Tensor:
+    """The whole mask as a bool tensor."""
+    name = target.name
+    if not isinstance(mask, Tensor) or mask.is_meta or mask.layout is not torch.strided:
+        got = f"{mask.layout} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"the mask of {name} must be a dense tensor of bools, True = kept, or of 0 and 1; got {got}")
+    values: Tensor = whole(mask.detach())
+    if tuple(values.shape) != target.shape:
+        raise ValueError(f"the mask of {name} has shape {tuple(values.shape)}, the parameter {target.shape}")
+    if values.dtype == torch.bool:
+        return values
+    wrong = values[(values != 0) & (values != 1)]
+    if wrong.numel():
+        raise ValueError(
+            f"the mask of {name} must hold 0 (pruned) and 1 (kept) only, got {wrong[0].item()!r}: compare with a"
+            " threshold first, as in scores > threshold"
+        )
+    return values != 0

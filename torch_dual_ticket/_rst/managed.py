@@ -1,0 +1,167 @@
+"""Masks on a model as users meet them: looked at, applied to another model, changed, and taken off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._model.masked import find_masked
+from .._model.names import unwrapped_parameters
+from .._tensors.dtensor import local, local_offset, reshard
+from .._tensors.kernels import clear_
+from ..prune import to_stock_layout
+from .ranks import agree_on_masks
+from .residual import Report
+from .validation import check_directions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .._engine.ticket import Ticket
+    from ..masks.mask import Mask
+
+
+class ManagedMasks:
+    """What an ``RSTScheduler`` and the masks of :func:`torch_dual_ticket.baselines.hold` have in common."""
+
+    _ticket: Ticket
+    _model: nn.Module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stage": self._ticket.stage}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stage = state.pop("stage")
+        self.__dict__.update(state)
+        self._ticket.serve(self, self._model)
+        self._ticket.stage = stage
+
+    @property
+    def phase(self) -> str:
+        """``"transform"`` while masked weights are penalized, ``"finetune"`` while they are held at zero."""
+        return self._ticket.stage.phase.value
+
+    @property
+    def penalty(self) -> float:
+        """λ of the next update; 0 where masked weights are held at zero."""
+        return self._ticket.stage.penalty
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool tensor of the full shape, True = kept; those that apply now. Drawn when asked for."""
+        return MaskView(self._masks(), self._ticket)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked weights over all that have a mask; by the masks that apply now."""
+        masks = self._masks().values()
+        return sum(mask.pruned_weights for mask in masks) / max(1, sum(math.prod(mask.shape) for mask in masks))
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
+
+        Raises:
+            TypeError: ``model`` is not a module.
+            ValueError: a parameter's name or shape is not found in ``model``; nothing is changed then.
+        """
+        _apply_masks(model, self._masks())
+
+    def to_prune(self) -> None:
+        """Turn the finalized model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
+
+        ``weight_orig``, ``weight_mask`` and torch's own hook take over from this library, in the same order.
+
+        Raises:
+            RuntimeError: masked weights are not held at zero yet: before ``finalize()``.
+            ValueError: what this layout cannot carry: DTensor, tied, parametrized, not called (attention's out_proj).
+        """
+        if not self._ticket.holds:
+            raise RuntimeError("to_prune() needs the final masks: call finalize() first")
+        self._ticket.reshard()
+        to_stock_layout(self._ticket)
+
+    def remove(self) -> None:
+        """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""
+        self._ticket.release()
+
+    @property
+    def _steps(self) -> int:
+        """Scheduler steps that counted."""
+        return self._ticket.stage.steps
+
+    @property
+    def _report(self) -> Report:
+        return self._ticket.stage.report or Report.of(())
+
+    def _masks(self) -> dict[str, Mask]:
+        """Those that apply now, but for parameters that were taken out of the ticket."""
+        return {name: mask for name, mask in self._ticket.stage.masks.items() if name not in self._ticket.detached}
+
+    def _checked(self, masks: Mapping[str, Tensor]) -> dict[str, Mask]:
+        """Other masks for the same parameters, which all ranks have been given. Changes nothing."""
+        mine = self._masks()
+        if not self._ticket.parameters:
+            raise RuntimeError(
+                "nothing is managed any more: remove() was called, or the layers are gone. Begin anew on the model."
+            )
+        wrong = sorted(set(masks) ^ set(mine))
+        if wrong:
+            what = "a mask is missing" if wrong[0] in mine else "it is not managed here"
+            raise ValueError(
+                f"{wrong[0]!r}: {what}. There must be one for each of the parameters that have one here ("
+                f"{', '.join(list(mine)[:3])}{', …' if len(mine) > 3 else ''}), and no others."
+            )
+        found, explicit = find_masked(self._model, masks, frozen=True)
+        check_directions(found, explicit)
+        agree_on_masks(explicit, self._model)
+        return {**self._ticket.stage.masks, **explicit}
+
+
+class MaskView(Mapping[str, Tensor]):
+    """The masks by parameter name, each drawn when it is asked for."""
+
+    def __init__(self, masks: Mapping[str, Mask], ticket: Ticket) -> None:
+        self._masks = masks
+        self._ticket = ticket
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = next((one.tensor() for one in self._ticket.parameters if one.name == name), None)
+        return self._masks[name].draw(device=None if tensor is None or tensor.is_meta else tensor.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"masks of {', '.join(self._masks)}"
+
+
+def _apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
+    reshard(model)
+    parameters = dict(unwrapped_parameters(model))
+    for name, mask in masks.items():
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) != mask.shape:
+            what = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what} in"
+                f" the given {type(model).__name__}"
+            )
+    for name, mask in masks.items():
+        _zero_masked(parameters[name], mask)
+
+
+@torch.no_grad()
+def _zero_masked(parameter: Tensor, mask: Mask) -> None:
+    """Set the masked weights of one parameter to zero; of a DTensor those in this process's shard."""
+    weight = local(parameter)
+    kept = mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
+    clear_([(weight, torch.empty_like(weight, dtype=torch.uint8).copy_(kept))])
