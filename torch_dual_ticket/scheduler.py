@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._engine import layer_hook
 from ._engine.layer_hook import manage
 from ._engine.ticket import Phase, Stage, Ticket
+from ._model.coverage import warn_of_coverage
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import mask_view, validation
 from ._rst.advice import Advice
@@ -47,7 +48,10 @@ class RSTScheduler:
         cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
         distribution: "uniform", or "erk" (Erdős–Rényi-Kernel).
         pattern: "unstructured", "n:m" (n of every m inputs stay), "block:RxC", "filter" (outputs), "channel" (inputs).
-        targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``.
+        targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``. For a
+            type that is not torch's, a third part says which dimension of the weight holds the inputs, for patterns
+            that need it: ``(Experts, ["up", "down"], 2)``. By default all linear and convolutional layers, but for
+            weights that an embedding shares.
         exclude: fnmatch patterns of module names that stay dense, with all below them.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
         optimizer: the only one whose updates apply the penalty. None: any that holds a target.
@@ -55,6 +59,10 @@ class RSTScheduler:
 
     Raises:
         TypeError, ValueError, RuntimeError: input that cannot be used, or ranks that disagree; nothing is changed.
+
+    Warns:
+        UserWarning: the default targets are less than half of the weights of two or more dimensions (embeddings and
+            what ``exclude`` matches not counted), or a mask cuts off a layer or outputs of the model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -94,6 +102,8 @@ class RSTScheduler:
         given_seed = None if seed is None else check_integer("seed", seed)
         found = find_targets(model, targets, exclude)
         plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
+        if targets is DEFAULT_TARGETS:
+            warn_of_coverage(model, found, exclude)
         found = [target for target in found if target.name in plan.shapes]
         validation.check_unmanaged(found)
         validation.check_optimizer(optimizer, found)

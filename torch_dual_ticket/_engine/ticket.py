@@ -400,6 +400,7 @@ class Ticket:
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
             return
+        managed.check_kind(parameter)
         shard = managed.shard
         if shard is not None and mesh_of(parameter) != mesh_of(shard):
             # FSDP2 has gathered the parameter for this forward: a passing copy of shards that are managed themselves.

@@ -144,7 +144,8 @@ def _find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[
         for name, module in unwrapped_modules(model)
         if name and not any(id(parameter) in masked for parameter in module.parameters())
     ]
-    found = {target.name: target for target in find_targets(model, types, others)} if masked else {}
+    targets = find_targets(model, types, others, tied_to_embeddings=True) if masked else []
+    found = {target.name: target for target in targets}
     for name, mask in masks.items():
         if name not in found:
             first = {id(target.parameter): target.name for target in found.values()}.get(id(parameters.get(name)))

@@ -13,7 +13,7 @@ from .._engine.dtensor import reshard
 from .._model.sharding import whole
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from ..masks.distributions import validate_sparsity
-from ..masks.patterns import input_dim, parse_pattern, pruned_units
+from ..masks.patterns import parse_pattern, pruned_units
 from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def remove_smallest(
         if within is not None and name in within:
             magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -1)
         if parsed.kind == "n:m":
-            masks[name] = _largest_of_groups(magnitude, parsed.first, parsed.second, input_dim(target.transposed))
+            assert target.input_dim is not None  # the plan needs it too
+            masks[name] = _largest_of_groups(magnitude, parsed.first, parsed.second, target.input_dim)
         elif _ALL in counts:
             magnitudes[name] = magnitude
         else:

@@ -61,7 +61,9 @@ def encode(
 
 def describe(masks: Mapping[str, SeededMask]) -> dict[str, dict[str, Any]]:
     """What redraws the masks, and their fingerprints."""
-    return {name: asdict(mask) | {"fingerprint": mask.fingerprint} for name, mask in masks.items()}
+    fields = {name: asdict(mask) | {"fingerprint": mask.fingerprint} for name, mask in masks.items()}
+    # Most masks have no input_dim, and their files can be read by releases that know of none.
+    return {name: {key: value for key, value in entry.items() if value is not None} for name, entry in fields.items()}
 
 
 def decode(
