@@ -14,6 +14,7 @@ from ._model.coverage import warn_of_coverage
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import mask_view, validation
 from ._rst.advice import Advice
+from ._rst.cut_warnings import warn_of_constant_outputs
 from ._rst.loop_warnings import MissingPenalty, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
 from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
@@ -110,6 +111,7 @@ class RSTScheduler:
         with validation.generator_unchanged_on_error():
             agreed = agree_on_seed(given_seed, plan, model, self._timeline)
             validation.check_directions(found, plan.masks(agreed))
+            warn_of_constant_outputs(model, found, plan.masks(agreed))
         self._plan, self._model, self._advice = plan, model, Advice(self._timeline)
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
         masks, penalty = plan.masks(agreed, cycle=0), self._timeline.penalty(0)

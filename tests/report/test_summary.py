@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket.baselines import hold, magnitude_masks
+from torch_dual_ticket.baselines import hold, magnitude_masks, random_ticket
 from torch_dual_ticket.report import LayerReport, Report, summary
 
 
@@ -162,6 +162,33 @@ def test_unusual_parameters():
     csr = nn.Linear(3, 3, bias=False)
     csr.weight = nn.Parameter(torch.eye(3).to_sparse_csr())
     assert cells(summary(csr)) == {"weight": ((3, 3), "", 3, 9)}
+
+
+class Transposed(nn.Module):
+    """Of another type than torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6))
+
+
+@pytest.mark.parametrize("manage", [RSTScheduler, random_ticket, hold])
+def test_dead_units_are_counted(manage):
+    layers = nn.Linear(64, 40), nn.Conv2d(3, 40, 3), nn.ConvTranspose2d(3, 40, 3), Transposed()
+    model = nn.Sequential(*layers)
+    targets = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Transposed)
+    held = random_ticket(model, 0.97, seed=0, targets=targets)
+    if manage is hold:
+        masks = dict(held.masks)
+        held.remove()
+        held = hold(model, masks, targets=targets)
+    elif manage is RSTScheduler:
+        held.remove()
+        held = RSTScheduler(model, 0.97, seed=0, targets=targets)
+    masks = [mask.movedim(int(index == 2), 0).flatten(1) for index, mask in enumerate(held.masks.values())]
+    expected = [sum(not any(row) for row in mask.tolist()) for mask in masks]
+    assert all(expected)
+    assert [layer.dead for layer in summary(held).layers] == [*expected[:3], None]
 
 
 @needs_fsdp2

@@ -11,6 +11,7 @@ from .._engine.layer_hook import manage
 from .._engine.ticket import Ticket
 from .._model.names import unwrapped_modules, unwrapped_parameters
 from .._model.targets import DEFAULT_TARGETS, check_model, find_targets
+from .._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
 from .._rst.mask_view import MaskView, apply_masks, sparsity_of, still_managed
 from .._rst.ranks import agree_on_seed
 from .._rst.schedule import check_integer
@@ -92,7 +93,10 @@ def hold(
         (0.375, 3)
     """
     found = _find_masked(model, masks, targets)
-    return HeldMasks(model, found, {target.name: ExplicitMask(masks[target.name]) for target in found})
+    explicit = {target.name: ExplicitMask(masks[target.name]) for target in found}
+    check_directions(found, explicit)
+    warn_of_emptied(explicit)
+    return HeldMasks(model, found, explicit)
 
 
 def random_ticket(
@@ -124,7 +128,9 @@ def random_ticket(
     plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern)
     found = [target for target in found if target.name in plan.shapes]
     with generator_unchanged_on_error():
-        return HeldMasks(model, found, plan.masks(agree_on_seed(given, plan, model)))
+        seeded = plan.masks(agree_on_seed(given, plan, model))
+        warn_of_constant_outputs(model, found, seeded)
+        return HeldMasks(model, found, seeded)
 
 
 def _find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[TargetType]) -> list[Target]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .._model.targets import Target, TargetType
 
-_ALL = ""  # the key of all layers together, where they have one threshold
+ALL_LAYERS = ""  # the key of all layers together, where they have one threshold
 
 
 def magnitude_masks(
@@ -92,7 +92,7 @@ def rounds_of_counts(
     counts = [pruned_units(sparsity_of_cycle(sparsity, cycle, rounds), total) for cycle in range(1, rounds + 1)]
     if not counts[-1]:
         raise ValueError(f"nothing to prune: sparsity={sparsity!r} of {total} weights rounds to none")
-    return [{_ALL: count} for count in counts]
+    return [{ALL_LAYERS: count} for count in counts]
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def remove_smallest(
     masks, magnitudes = {}, {}
     for target in targets:
         name = target.name
-        if _ALL not in counts and name not in counts:
+        if ALL_LAYERS not in counts and name not in counts:
             continue  # stays dense
         magnitude = whole(target.parameter).detach().abs()
         if within is not None and name in within:
@@ -117,7 +117,7 @@ def remove_smallest(
         if parsed.kind == "n:m":
             assert target.input_dim is not None  # the plan needs it too
             masks[name] = _largest_of_groups(magnitude, parsed.first, parsed.second, target.input_dim)
-        elif _ALL in counts:
+        elif ALL_LAYERS in counts:
             magnitudes[name] = magnitude
         else:
             masks[name] = _largest(magnitude, counts[name])
@@ -125,7 +125,9 @@ def remove_smallest(
         return masks
     device = next(iter(magnitudes.values())).device
     together = torch.cat([magnitude.flatten().to(device) for magnitude in magnitudes.values()])
-    parts = torch.split(_largest(together, counts[_ALL]), [magnitude.numel() for magnitude in magnitudes.values()])
+    parts = torch.split(
+        _largest(together, counts[ALL_LAYERS]), [magnitude.numel() for magnitude in magnitudes.values()]
+    )
     return {
         name: part.view(magnitude.shape).to(magnitude.device)
         for (name, magnitude), part in zip(magnitudes.items(), parts, strict=True)
