@@ -180,5 +180,6 @@ def test_filters_that_other_layers_read_are_not_warned_of(make):
     make(model(), 0.5, pattern="filter", exclude=["1"], seed=0)
     make(model(), {"0": 0.5}, pattern="filter", seed=0)
     make(model(), 0.5, pattern="channel", seed=0)
+    make(nn.LayerNorm(8), 0.5, targets=[nn.LayerNorm], seed=0)  # without any outputs
     make(nn.ModuleDict({"head": nn.Linear(16, 10), "body": nn.Linear(8, 16)}), {"body": 0.5}, pattern="filter", seed=0)
     make(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16)), 0.5, pattern="filter", seed=0)

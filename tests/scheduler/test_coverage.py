@@ -230,7 +230,9 @@ def adapted() -> nn.Module:
     ],
 )
 def test_frozen_layers_are_left_out_by_what_one_error_says(build, exclude, told, patterns, rest):
-    with pytest.raises(ValueError, match=rf"{told}.* frozen .*know\. Unfreeze them, or leave the layers out") as caught:
+    with pytest.raises(
+        ValueError, match=rf"{told}.* frozen .*known there\. Unfreeze them, or leave them out"
+    ) as caught:
         RSTScheduler(build(), 0.5, exclude=exclude)
     advice = eval(re.search(r"exclude=(\[.*\])\.", str(caught.value))[1])
     assert advice == patterns

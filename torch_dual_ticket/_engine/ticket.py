@@ -400,7 +400,6 @@ class Ticket:
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
             return
-        managed.check_kind(parameter)
         shard = managed.shard
         if shard is not None and mesh_of(parameter) != mesh_of(shard):
             # FSDP2 has gathered the parameter for this forward: a passing copy of shards that are managed themselves.
@@ -409,6 +408,7 @@ class Ticket:
                 kept = self.mask(managed).draw(device=parameter.device)
                 clear_([(local(parameter).data, kept.view(torch.uint8))])
         elif self.manual or not managed.is_clean(parameter):
+            managed.check_kind(parameter)
             self._managed = Batch([])
             is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
             if is_known or not in_functional_call(sys._getframe(1)):

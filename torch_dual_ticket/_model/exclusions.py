@@ -40,14 +40,14 @@ def exclusions_for(unwanted: Collection[str], wanted: Collection[str]) -> list[s
     for layer in wanted:
         for pattern in _patterns(layer):
             covered.pop(pattern, None)
-    chosen, rest = [], set(unwanted)
-    while rest and covered:
-        best = max(covered, key=lambda pattern: (len(covered[pattern] & rest), pattern[0] != "*", len(pattern)))
+    chosen: list[str] = []
+    rest = set(unwanted)
+    while best := max(covered, key=lambda one: (len(covered[one] & rest), one[0] != "*", len(one)), default=None):
         if not covered[best] & rest:
             break
         rest -= covered[best]
         chosen.append(best)
-    return chosen
+    return [*chosen, *sorted(map(escape, rest))]  # a layer that contains a wanted one can only be excluded with it
 
 
 def _lineage(layer_name: str) -> list[str]:

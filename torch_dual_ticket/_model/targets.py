@@ -312,10 +312,10 @@ def _check_all(targets: list[Target], exclude: Sequence[str]) -> None:
     """What may be true of many targets at once is said of all of them, with patterns that leave them all out."""
     frozen = [target for target in targets if not target.parameter.requires_grad]
     if frozen:
-        it, knows, layer = ("it", "knows", "layer") if len(frozen) == 1 else ("they", "know", "layers")
+        it = "them" if frozen[1:] else "it"
         raise ValueError(
-            f"{_listed(frozen)} frozen (requires_grad is False), so no penalty can move what {it} {knows}. Unfreeze"
-            f" {'it' if it == 'it' else 'them'}, or leave the {layer} out with {_exclude(frozen, targets, exclude)}."
+            f"{_listed(frozen)} frozen (requires_grad is False), so no penalty can move what is known there. Unfreeze"
+            f" {it}, or leave {it} out with {_exclude(frozen, targets, exclude)}."
         )
     standardized = [target for target in targets if _standardizes(target.occurrences[0].layer)]
     if standardized:

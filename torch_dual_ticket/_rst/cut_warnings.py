@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from .._model.layout import input_dim_of
 from .._model.weights import weights_of
-from ..masks.seeded import SeededMask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from .._model.targets import Target
     from ..masks.mask import Mask
+    from ..masks.seeded import SeededMask
 
 
 def warn_of_emptied(masks: Mapping[str, Mask]) -> None:
@@ -31,22 +31,22 @@ def warn_of_emptied(masks: Mapping[str, Mask]) -> None:
         )
 
 
-def warn_of_constant_outputs(model: nn.Module, targets: Sequence[Target], masks: Mapping[str, Mask]) -> None:
+def warn_of_constant_outputs(model: nn.Module, targets: Sequence[Target], masks: Mapping[str, SeededMask]) -> None:
     """Warn, on behalf of a constructor, where whole filters are masked of what seems to be the last layer.
 
     That is the one that the model registers last, if no layer has as many inputs as it has outputs: where one has, the
     model may be a backbone, or have registered its head first.
     """
-    *others, last = weights_of(model)
-    target = next((target for target in targets if target.parameter is last.parameter), None)
-    mask = None if target is None else masks[target.name]
-    if target is None or not isinstance(mask, SeededMask) or mask.pattern != "filter" or not mask.pruned:
+    weights = list(weights_of(model))
+    last = next((target for target in targets if weights and target.parameter is weights[-1].parameter), None)
+    if last is None or masks[last.name].pattern != "filter" or not masks[last.name].pruned:
         return
-    inputs = {one.parameter.shape[dim] for one in others if (dim := input_dim_of(one.layer)) is not None}
-    if mask.units not in inputs:
+    pruned, units = masks[last.name].pruned, masks[last.name].units
+    inputs = [(one.parameter.shape, input_dim_of(one.layer)) for one in weights[:-1]]
+    if not any(dim is not None and shape[dim] == units for shape, dim in inputs):
         warnings.warn(
-            f"pattern='filter' masks {mask.pruned} of the {mask.units} outputs of {target.layer_name or 'the model'}:"
-            " if these are the outputs of the whole model, they will be constant. Leave the layer dense with"
-            f" exclude=[{target.layer_name!r}].",
+            f"pattern='filter' masks {pruned} of the {units} outputs of {last.layer_name or 'the model'}: if these are"
+            " the outputs of the whole model, they will be constant. Leave the layer dense with"
+            f" exclude=[{last.layer_name!r}].",
             stacklevel=3,
         )

@@ -218,12 +218,15 @@ def _model_of(given: Any) -> nn.Module:
 def _managed(model: nn.Module) -> dict[int, tuple[LayerSummary, LayerReport]]:
     """The managed parameters of the model, by id."""
     hooks = [hook for hook in layer_hooks(model) if hook.ticket.phase is not Phase.IDLE]
-    converted = {id(hook.ticket) for hook in hooks if any(is_converted(tensor) for _, tensor in hook.ticket.managed())}
-    hooks = [hook for hook in hooks if id(hook.ticket) not in converted]  # they cannot be measured
     tickets = {id(hook.ticket): hook.ticket for hook in hooks}
+    for key, ticket in list(tickets.items()):
+        if any(is_converted(tensor) for _, tensor in ticket.managed()):  # it cannot be measured any more
+            del tickets[key]
     reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
     found = {}
     for hook in hooks:
+        if id(hook.ticket) not in tickets:
+            continue
         ticket, mask = hook.ticket, hook.ticket.mask(hook.managed)
         report = reports[id(ticket), hook.managed.name]
         kept, pattern = report.size - report.pruned, getattr(mask, "pattern", "explicit")
