@@ -10,10 +10,12 @@ from torch import nn
 from ._engine import layer_hook
 from ._engine.layer_hook import manage
 from ._engine.ticket import Phase, Stage, Ticket
+from ._model.coverage import warn_of_coverage
 from ._model.masked import find_masked
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
 from ._rst.advice import Advice
+from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
 from ._rst.loop_warnings import MissingPenalty, patience
 from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
@@ -53,7 +55,10 @@ class RSTScheduler(ManagedMasks):
         cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
         distribution: "uniform", or "erk" (Erdős–Rényi-Kernel).
         pattern: "unstructured", "n:m" (n of every m inputs stay), "block:RxC", "filter" (outputs), "channel" (inputs).
-        targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``.
+        targets: module types whose ``weight`` is pruned, or pairs of type and names: ``(nn.LSTM, "weight_*")``. For a
+            type that is not torch's, a third part says which dimension of the weight holds the inputs, for patterns
+            that need it: ``(Experts, ["up", "down"], 2)``. By default all linear and convolutional layers, but for
+            weights that an embedding shares.
         exclude: fnmatch patterns of module names that stay dense, with all below them.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
         optimizer: the only one whose updates apply the penalty. None: any that holds a target.
@@ -65,6 +70,10 @@ class RSTScheduler(ManagedMasks):
 
     Raises:
         TypeError, ValueError, RuntimeError: input that cannot be used, or ranks that disagree; nothing is changed.
+
+    Warns:
+        UserWarning: the default targets are less than half of the weights of two or more dimensions (embeddings and
+            what ``exclude`` matches not counted), or a mask cuts off a layer or outputs of the model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -108,6 +117,8 @@ class RSTScheduler(ManagedMasks):
         if masks is None:
             found = find_targets(model, targets, exclude)
             plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
+            if targets is DEFAULT_TARGETS:
+                warn_of_coverage(model, found, exclude)
             found = [target for target in found if target.name in plan.shapes]
         else:
             others = {
@@ -131,6 +142,9 @@ class RSTScheduler(ManagedMasks):
                 agreed = agree_on_seed(given_seed, plan, model, self._timeline)
                 first, final = plan.masks(agreed, cycle=0), plan.masks(agreed)
             validation.check_directions(found, final)
+        if plan is None:
+            warn_of_emptied(final)
+        warn_of_constant_outputs(model, found, final)
         self._plan, self._model, self._advice = plan, model, Advice(self._timeline)
         self._seed_is_given, self._ranks = plan is None or given_seed is not None, world_size()
         penalty = self._timeline.penalty(0)

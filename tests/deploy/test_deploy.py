@@ -347,6 +347,17 @@ def test_which_patterns_are_two_of_four(stand_in, pattern, sparsity, fits):
     assert len(stand_in) == fits
 
 
+def test_float32_is_refused_although_torch_converts_it(monkeypatch):
+    """To 1:2, without a word."""
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda dense: dense.clone().as_subclass(Compressed))
+    monkeypatch.setattr(semi_structured, "_DEVICE", "cpu")
+    model = nn.Sequential(nn.Linear(64, 32))
+    random_ticket(model, pattern="2:4", seed=0)
+    with pytest.raises(ValueError, match=r"0\.weight, .* torch\.float32, .*one of each two weights.*model\.half\(\)"):
+        to_semi_structured(model)
+    to_semi_structured(model.bfloat16())
+
+
 def test_before_finalize_nothing_is_two_of_four(stand_in):
     model = nn.Sequential(nn.Linear(64, 32))
     RSTScheduler(model, pattern="2:4", seed=0)

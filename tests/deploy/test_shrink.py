@@ -421,9 +421,24 @@ def test_bad_input():
         shrink({}, IMAGES)
     with pytest.raises(ValueError, match=r"no filter is zero\. finalize\(\) a ticket of pattern=\"filter\" first"):
         shrink(model, torch.randn(2, 6))
-    random_ticket(model, 0.5, pattern="filter", seed=0)
+    random_ticket(model, 0.5, pattern="filter", exclude=["2"], seed=0)
     with pytest.raises(ValueError, match=r"shape \(2, 6\) in which all is 0\.0: .* data, or noise"):
         shrink(model, torch.zeros(2, 6))
+
+
+def test_recurrent_layers_keep_their_size():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.memory(x)[0])
+
+    model = built(Tagger)
+    random_ticket(model, 0.5, pattern="channel", targets=[(nn.LSTM, "weight_*")], seed=0)
+    with pytest.raises(ValueError, match=r"no filter is zero\..* Recurrent layers keep their size"):
+        shrink(model, torch.randn(4, 5, 6))
 
 
 def test_only_the_call_needs_torch_pruning(monkeypatch):

@@ -429,8 +429,9 @@ def test_fsdp1_is_refused(flat):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=not flat)
-        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*fully_shard"):
-            RSTScheduler(model)
+        for given in (model, inner):  # Lightning gives the module inside to its callbacks
+            with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*fully_shard"):
+                RSTScheduler(given)
         half_loss(model, 0, dist.get_rank()).backward()
     optimizer = sgd(model.parameters())
     with pytest.raises(RuntimeError, match="FSDP1"):

@@ -41,6 +41,7 @@ def test_attention_with_separate_projections():
     assert_lives_alike(lambda: Attends(kdim=6, vdim=6), inputs, names, targets=PROJECTIONS)
 
 
+@pytest.mark.filterwarnings("ignore:only 25% of the weights will be pruned")
 def test_out_proj_alone_by_default():
     assert_lives_alike(Attends, normal(5, 3, 8), ["attention.out_proj.weight"])
 
@@ -173,7 +174,7 @@ def test_the_encoders_fast_path_is_off_until_remove_and_computes_the_same():
 def test_the_fast_path_of_attention_reads_the_managed_weights(phase):
     """Attention alone goes on to take it: the weights that it reads are the masked ones themselves."""
     model = make(lambda: Attends(batch_first=True))
-    rst = RSTScheduler(model, 0.5, steps=2, seed=0)
+    rst = RSTScheduler(model, 0.5, steps=2, seed=0, targets=[nn.Linear])
     model(*normal(3, 5, 8)(0))[0].sum().backward()
     sgd(model).step()
     rst.step()

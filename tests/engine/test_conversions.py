@@ -8,12 +8,13 @@ from functools import partial
 import models
 import pytest
 import torch
-from models import finalize_quietly
+from models import finalize_quietly, make, mlp
 from plain_loop import assert_holds_zeros, loss_of, sgd
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket import RSTScheduler, release
+from torch_dual_ticket.report import summary
 
 X = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
 
@@ -539,3 +540,67 @@ def test_hooks_that_a_conversion_has_given_to_the_layer_that_replaces_it():
     del hook, hooks
     model[0](X)
     assert (model[0].weight != 0).all()
+
+
+class Quantized(torch.Tensor):
+    """In what matters as the tensors that torchao makes: another type, which has no memory itself."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self):
+        return self.codes * self.scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, context, size, stride):
+        return Quantized(**parts)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(args[0], args[1].dequantize(), *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Quantized(args[0].codes, args[0].scale)
+        raise NotImplementedError(function)
+
+
+def quantize(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            scale = layer.weight.detach().abs().max() / 127
+            codes = (layer.weight.detach() / scale).round().to(torch.int8)
+            layer.weight = nn.Parameter(Quantized(codes, scale), requires_grad=False)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_that_become_another_kind_of_tensor(copied):
+    model = make(mlp)
+    rst = RSTScheduler(model, 0.5, steps=2, seed=0, exclude=["4"])
+    x = torch.randn(3, 12, dtype=torch.float64)
+    model(x).sum().backward()
+    sgd(model).step()
+    finalize_quietly(rst)
+    model = copy.deepcopy(model) if copied else model
+    quantize(model)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight has become a Quantized, .*Release it first: .*release\(model\)"
+        ):
+            model(x)
+        assert [layer.pattern for layer in summary(model).layers] == [""] * 3  # it can be looked at
+    release(model)
+    model(x)
+    zeros = [int((model[index].weight.codes == 0).sum()) for index in (0, 2, 4)]
+    assert [layer.size - layer.kept for layer in summary(model).layers] == zeros
+    assert zeros[0] >= 120

@@ -25,6 +25,7 @@ from torch_dual_ticket.baselines import random_ticket
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.filterwarnings("ignore:only .* of the weights will be pruned")  # attention, and little else
 SHAPE = INPUT_SHAPES[mlp]
 
 

@@ -260,11 +260,11 @@ def test_a_model_on_the_meta_device_that_gets_its_memory_later(materialise):
 @pytest.mark.parametrize("materialise", [by_to_empty, by_assignment])
 def test_a_finetuning_state_loaded_before_the_weights(materialise):
     first = make(Attends)
-    rst = RSTScheduler(first, 0.6, steps=12, seed=0)
+    rst = RSTScheduler(first, 0.6, steps=12, seed=0, targets=[nn.Linear])
     train_on(normal(5, 8, 8))(first, Library(first, rst))
     with torch.device("meta"):
         model = Attends().double()
-    restarted = RSTScheduler(model, 0.6, steps=12, seed=0)
+    restarted = RSTScheduler(model, 0.6, steps=12, seed=0, targets=[nn.Linear])
     restarted.load_state_dict(rst.state_dict())
     assert restarted.phase == "finetune"
     materialise(model, {name: value.clone() for name, value in first.state_dict().items()})

@@ -160,6 +160,34 @@ def test_other_parametrizations_are_refused_by_name_or_excluded():
     assert_lives_alike(build, normal(4, 6), ["2.weight"], exclude=["0"])
 
 
+class ScaledStdConv2d(nn.Conv2d):
+    """As in timm, in what matters: the kernel is computed from the weight in each forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, self.weight - mean, self.bias)
+
+
+class ScaledStdConv2dSame(ScaledStdConv2d): ...
+
+
+class WeightStandardizedConv2d(ScaledStdConv2d):
+    """The name that transformers has for it."""
+
+
+@pytest.mark.parametrize("kind", [ScaledStdConv2d, ScaledStdConv2dSame, WeightStandardizedConv2d])
+def test_standardized_weights_are_refused_all_at_once(kind):
+    stages = [nn.Sequential(kind(3, 4, 3), nn.ReLU(), kind(4, 4, 3)) for _ in range(2)]
+    model = nn.ModuleDict({"stages": nn.ModuleList(stages), "head": nn.Linear(4, 4)})
+    told = (
+        r"stages\.0\.0\.weight, stages\.0\.2\.weight, stages\.1\.0\.weight and 1 more are standardized by the forward"
+        rf" of {kind.__name__}, .*would not be zeros of the kernel.*exclude=\['stages'\]"
+    )
+    with pytest.raises(ValueError, match=told):
+        RSTScheduler(model, 0.5)
+    assert list(RSTScheduler(model, 0.5, exclude=["stages"]).masks) == ["head.weight"]
+
+
 def test_a_parametrized_bias_is_not_an_obstacle():
     def build():
         layer = nn.Linear(6, 4)

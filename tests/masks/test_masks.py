@@ -42,7 +42,7 @@ every_pattern = pytest.mark.parametrize(("shape", "pattern", "transposed"), SHAP
 
 
 def spec_of(shape, pattern="unstructured", transposed=False, sparsity=0.6, seed=0, name="layer.weight"):
-    units = count_units(shape, pattern, transposed)
+    units = count_units(shape, pattern, 1 - transposed)
     if ":" in pattern and not pattern.startswith("block"):
         n, m = map(int, pattern.split(":"))
         sparsity = 1 - n / m

@@ -101,8 +101,8 @@ def test_halves_go_to_even():
     ],
 )
 def test_units(shape, pattern, transposed, expected, units):
-    assert tile(shape, pattern, transposed) == expected
-    assert count_units(shape, pattern, transposed) == units
+    assert tile(shape, pattern, 1 - transposed) == expected
+    assert count_units(shape, pattern, 1 - transposed) == units
     assert units * math.prod(expected) == math.prod(shape)
 
 
@@ -122,6 +122,6 @@ def test_units(shape, pattern, transposed, expected, units):
 )
 def test_shapes_that_do_not_fit_are_refused_with_a_remedy(shape, pattern, transposed, told):
     with pytest.raises(ValueError, match=told) as caught:
-        count_units(shape, pattern, transposed)
+        count_units(shape, pattern, 1 - transposed)
     assert pattern in str(caught.value)
     assert "exclude" in str(caught.value)

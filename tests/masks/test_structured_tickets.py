@@ -7,7 +7,7 @@ from reference import ExplicitLoop
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket.baselines import LotteryTicket, random_ticket
+from torch_dual_ticket.baselines import LotteryTicket, hold, random_ticket
 from torch_dual_ticket.baselines.magnitude import magnitude_masks
 
 
@@ -60,6 +60,7 @@ def test_whole_life_agrees_with_the_reference_loop(build, pattern, sparsity):
             assert sorted(set(blocks.flatten().tolist())) == [0, rows * columns]
 
 
+@pytest.mark.filterwarnings("ignore:pattern='filter' masks 2 of the 4 outputs of 0")
 def test_the_dimensions_swap_for_transposed_convolutions():
     model = nn.Sequential(nn.ConvTranspose2d(6, 4, 3))
     filters = RSTScheduler(model, 0.5, pattern="filter", seed=0)
@@ -139,3 +140,46 @@ def test_a_mask_that_empties_a_layer_in_a_baseline(make):
     with pytest.warns(UserWarning, match="rounds to all 2 units of 0") as seen:
         make(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 40)), 0.9)
     assert seen[0].filename == __file__
+
+
+def collapsing():
+    """With a layer whose weights are the smallest of all."""
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 5))
+    model[1].weight.data.mul_(1e-3)
+    return model
+
+
+def test_an_explicit_mask_that_empties_a_layer():
+    model = collapsing()
+    masks = magnitude_masks(model, 0.8, distribution="global")
+    with pytest.warns(UserWarning, match=r"the mask keeps no weight of 1\.weight: nothing will go through") as seen:
+        hold(model, masks)
+    assert seen[0].filename == __file__
+    ticket = LotteryTicket(collapsing(), 0.8, distribution="global", rounds=2)
+    with pytest.warns(UserWarning, match=r"keeps no weight of 1\.weight") as seen:
+        ticket.prune_and_rewind()
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("make", [RSTScheduler, random_ticket])
+def test_filters_of_the_last_layer_are_warned_of(make):
+    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10))
+    told = r"masks 5 of the 10 outputs of 2: if .* will be constant.*exclude=\['2'\]"
+    with pytest.warns(UserWarning, match=told) as seen:
+        make(model, 0.5, pattern="filter", seed=0)
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("make", [RSTScheduler, random_ticket])
+def test_filters_that_other_layers_read_are_not_warned_of(make):
+    """Warnings are errors here: the head is dense, or registered first, or there is none; filters alone are meant."""
+
+    def model():
+        return nn.Sequential(nn.Linear(64, 200), nn.Linear(200, 10))
+
+    make(model(), 0.5, pattern="filter", exclude=["1"], seed=0)
+    make(model(), {"0": 0.5}, pattern="filter", seed=0)
+    make(model(), 0.5, pattern="channel", seed=0)
+    make(nn.LayerNorm(8), 0.5, targets=[nn.LayerNorm], seed=0)  # without any outputs
+    make(nn.ModuleDict({"head": nn.Linear(16, 10), "body": nn.Linear(8, 16)}), {"body": 0.5}, pattern="filter", seed=0)
+    make(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16)), 0.5, pattern="filter", seed=0)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket.baselines import hold, magnitude_masks
+from torch_dual_ticket.baselines import hold, magnitude_masks, random_ticket
 from torch_dual_ticket.report import LayerReport, Report, summary
 
 
@@ -136,8 +136,9 @@ def test_unusual_parameters():
     """Tied, parametrized, used by a parent, lazy, without memory, sparse."""
     tied = nn.ModuleDict({"embedding": nn.Embedding(10, 8), "out": nn.Linear(8, 10, bias=False)})
     tied["out"].weight = tied["embedding"].weight
-    RSTScheduler(tied, 0.5)  # dropped at once
-    rst = RSTScheduler(tied, 0.5)
+    targets = (nn.Linear,)
+    RSTScheduler(tied, 0.5, targets=targets)  # dropped at once
+    rst = RSTScheduler(tied, 0.5, targets=targets)
     assert cells(summary(rst)) == {"embedding.weight": ((10, 8), "unstructured", 40, 80)}
 
     normed = parametrizations.weight_norm(nn.Linear(8, 4))
@@ -161,6 +162,33 @@ def test_unusual_parameters():
     csr = nn.Linear(3, 3, bias=False)
     csr.weight = nn.Parameter(torch.eye(3).to_sparse_csr())
     assert cells(summary(csr)) == {"weight": ((3, 3), "", 3, 9)}
+
+
+class Transposed(nn.Module):
+    """Of another type than torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6))
+
+
+@pytest.mark.parametrize("manage", [RSTScheduler, random_ticket, hold])
+def test_dead_units_are_counted(manage):
+    layers = nn.Linear(64, 40), nn.Conv2d(3, 40, 3), nn.ConvTranspose2d(3, 40, 3), Transposed()
+    model = nn.Sequential(*layers)
+    targets = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Transposed)
+    held = random_ticket(model, 0.97, seed=0, targets=targets)
+    if manage is hold:
+        masks = dict(held.masks)
+        held.remove()
+        held = hold(model, masks, targets=targets)
+    elif manage is RSTScheduler:
+        held.remove()
+        held = RSTScheduler(model, 0.97, seed=0, targets=targets)
+    masks = [mask.movedim(int(index == 2), 0).flatten(1) for index, mask in enumerate(held.masks.values())]
+    expected = [sum(not any(row) for row in mask.tolist()) for mask in masks]
+    assert all(expected)
+    assert [layer.dead for layer in summary(held).layers] == [*expected[:3], None]
 
 
 @needs_fsdp2
@@ -224,17 +252,19 @@ def test_plain_text(monkeypatch):
     RSTScheduler(model, 0.9)
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    rst = RSTScheduler(model, {"1": 0.5, "2": 0.9375}, exclude=["0"], steps=4)
+    rst = RSTScheduler(model, {"1": 0.5, "2": 0.9375}, exclude=["0"], steps=4, seed=0)
     assert str(summary(rst)) == repr(summary(rst))
     assert str(summary(rst)).splitlines() == [
-        "layer             shape       pattern  sparsity  kept  residual     λ",
-        "0               8×1×3×3             –     dense    72         –     –",
-        "1                10×128  unstructured   50.00 %   640    0.7071  0.25",
-        "2                   8×8  unstructured   93.75 %     4    0.9682  0.25",
+        "layer             shape       pattern  sparsity  kept  dead  residual     λ",
+        "0               8×1×3×3             –     dense    72     –         –     –",
+        "1                10×128  unstructured   50.00 %   640     –    0.7071  0.25",
+        "2                   8×8  unstructured   93.75 %     4     4    0.9682  0.25",
         "3 others                                  dense    26",
-        "managed layers    1,344                 52.08 %   644    0.7217",
+        "managed layers    1,344                 52.08 %   644          0.7217",
         "whole model       1,442                 48.54 %   742",
         "transformation: finalize() would give this sparsity, and cut off this residual",
+        "left dense: 72 excluded, 26 1-D",
+        "dead: outputs whose inputs are all masked",
     ]
 
 

@@ -102,7 +102,7 @@ def nan(progress: float) -> float:
 
 
 SPARSITY = r"sparsity must .*in \[0, 1\).* got "
-TARGETS = "targets are module types, whose `weight` is taken, or pairs .* as in targets="
+TARGETS = "targets are module types, whose `weight` is taken, or pairs .* as in targets=.* dimension .* inputs"
 EXCLUDE = "exclude is a sequence of name patterns, as in exclude="
 
 # id: the model, the arguments, the type of the error, and what its message must have: the culprit and the remedy
@@ -186,6 +186,28 @@ CONSTRUCTIONS = {
     "targets-instance": (plain, {"targets": (nn.Linear(1, 1),)}, TypeError, TARGETS + r".* got Linear\("),
     "targets-no-module": (plain, {"targets": (int,)}, TypeError, TARGETS + ".* got <class 'int'>"),
     "targets-pair": (plain, {"targets": ((nn.Linear, 3),)}, TypeError, TARGETS + ".* 3"),
+    "targets-names": (plain, {"targets": ((nn.Linear, ["weight", 3]),)}, TypeError, TARGETS + ".* 3"),
+    "targets-no-names": (plain, {"targets": ((nn.Linear, []),)}, TypeError, TARGETS),
+    "targets-input-bool": (plain, {"targets": ((nn.Linear, "weight", True),)}, TypeError, TARGETS + ".*True"),
+    "targets-four": (plain, {"targets": ((nn.Linear, "weight", 1, 1),)}, TypeError, TARGETS),
+    "targets-input-dim": (
+        plain,
+        {"targets": ((nn.Linear, "weight", 2),)},
+        ValueError,
+        r"targets: 2 is given as the dimension of the inputs of first.weight, whose shape is \(8, 6\)",
+    ),
+    "targets-one-name-of-two": (
+        recurrent,
+        {"targets": ((nn.LSTM, ["weight_*", "wieght"]),)},
+        ValueError,
+        "no LSTM .* 'wieght'; 'memory' has weight_ih_l0",
+    ),
+    "targets-none-but-large-weights": (
+        lambda: nn.ModuleDict({"memory": nn.LSTM(8, 8), "norm": nn.LayerNorm(8)}),
+        {},
+        ValueError,
+        r"nothing to prune: .*largest weights are memory.weight_ih_l0 .*targets=\(\(nn.LSTM, \['weight_ih_l0'",
+    ),
     "targets-empty": (plain, {"targets": ()}, ValueError, r"nothing to prune: .*targets=\(\)"),
     "targets-absent": (plain, {"targets": (nn.Conv2d,)}, ValueError, r"nothing to prune: .*targets=\(Conv2d\)"),
     "targets-without-weight": (

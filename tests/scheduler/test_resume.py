@@ -94,6 +94,7 @@ class Attention(nn.Module):
 
 
 BUILDS = {"mlp": mlp, "attention": Attention}
+SETTINGS: dict[str, Any] = {"sparsity": 0.7, "steps": 6, "hold": 2, "targets": [nn.Linear]}
 
 
 class Run:
@@ -102,7 +103,7 @@ class Run:
     def __init__(self, build: Any, model_seed: int = 0, **settings: Any) -> None:
         self.model = make(build, model_seed)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-        self.rst = RSTScheduler(self.model, **({"sparsity": 0.7, "steps": 6, "hold": 2} | settings))
+        self.rst = RSTScheduler(self.model, **(SETTINGS | settings))
         self.update = 0
 
     def go_on(self, until: int, stop_before_scheduler_step: bool = False) -> Run:

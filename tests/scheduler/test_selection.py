@@ -86,6 +86,40 @@ def test_names_are_those_of_the_unwrapped_model(wrap, level):
     assert all(torch.equal(kept, plain.masks[name]) for name, kept in rst.masks.items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "child"),
+    [
+        ("_FabricModule", "_forward_module"),
+        ("AbstractGradSampleModule", "_module"),
+        ("DifferentiallyPrivateDistributedDataParallel", "module"),
+        ("DeepSpeedEngine", "module"),
+        ("SomebodysModel", "_module"),
+        ("SomebodysModel", "module"),
+    ],
+)
+def test_wrappers_of_other_libraries(kind, child):
+    """A model whose own part has the name that a wrapper gives to what it wraps keeps it."""
+    wrapper = type(kind, (nn.Module,), {})()
+    wrapper.register_module(child, make(mlp))
+    names = RSTScheduler(make(mlp), 0.5).masks
+    prefix = f"{child}." if kind == "SomebodysModel" else ""
+    assert list(RSTScheduler(wrapper, 0.5).masks) == [f"{prefix}{name}" for name in names]
+
+
+def test_a_model_that_fabric_has_set_up():
+    fabric = pytest.importorskip("lightning.fabric", reason="needs Lightning: pip install lightning").Fabric
+    plain = RSTScheduler(make(mlp), 0.5, seed=0)
+    wrapped = fabric(accelerator="cpu", devices=1).setup_module(make(mlp))
+    rst = RSTScheduler(wrapped, 0.5, seed=0)
+    assert all(torch.equal(kept, plain.masks[name]) for name, kept in rst.masks.items())
+    rst.load_state_dict(plain.state_dict())
+    model = make(mlp)
+    rst.apply_masks(model)
+    assert int((model[0].weight == 0).sum()) == 120
+    rst.remove()
+    assert list(RSTScheduler(wrapped, 0.5, exclude=["2"]).masks) == ["0.weight", "4.weight"]
+
+
 class CustomParallel(nn.DataParallel): ...
 
 

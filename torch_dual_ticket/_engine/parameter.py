@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._tensors.dtensor import is_sharded, local, placed_like, version
 from .._tensors.kernels import squared_norms
@@ -92,6 +93,15 @@ class ManagedParameter:
                 f" that; or detach the layer from it with prune.remove(layer, {self.occurrences[0].tensor_name!r})."
             )
 
+    def check_kind(self, parameter: Tensor) -> None:
+        """``RuntimeError`` if the parameter has become a tensor of a type that hides its values."""
+        if is_converted(parameter):
+            raise RuntimeError(
+                f"{self.name} has become a {type(parameter).__name__}, as by quantization, and its zeros cannot be held"
+                " any more. Release it first: remove() on its scheduler, or torch_dual_ticket.release(model) where no"
+                " name reaches that, as in a copy; then convert it. Its zeros stay."
+            )
+
     def layer(self) -> nn.Module | None:
         """The first layer that uses the parameter and still exists."""
         return next((layer for one in self.occurrences if (layer := one.layer()) is not None), None)
@@ -135,6 +145,11 @@ class ManagedParameter:
 
 
 def _nowhere() -> None: ...
+
+
+def is_converted(parameter: Tensor) -> bool:
+    """Whether it is of a type that hides its values, as the tensors that quantization makes, other than a DTensor."""
+    return is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter)
 
 
 def stamp_of(parameter: Tensor) -> tuple[int, int, int]:

@@ -373,6 +373,7 @@ class Ticket:
                 kept = self.mask(managed).draw(device=parameter.device)
                 clear_([(local(parameter).data, kept.view(torch.uint8))])
         elif self.manual or not managed.is_clean(parameter):
+            managed.check_kind(parameter)
             self._managed = Batch([])
             is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
             if is_known or not in_functional_call(sys._getframe(1)):

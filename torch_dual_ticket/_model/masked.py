@@ -14,16 +14,17 @@ from .._tensors.sharding import whole
 from ..masks.explicit import ExplicitMask
 from .names import unwrapped_modules, unwrapped_parameters
 from .targets import (
-    DEFAULT_TARGETS,
     Target,
-    _all_tensor_names,
-    _check_parameter,
-    _check_type,
-    _resolve,
-    _tensor_names,
-    _users,
+    all_tensor_names,
     check_model,
+    check_parameter,
+    check_together,
+    default_entries,
+    resolve,
+    tensor_names,
+    users_of,
 )
+from .weights import embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,10 +57,10 @@ def find_masked(
     for layer_name, layer in modules.items():
         if isinstance(layer, parametrize.ParametrizationList):  # the layer above has its parameters
             continue
-        for tensor_name in _all_tensor_names(layer):
+        for tensor_name in all_tensor_names(layer):
             if wanted.isdisjoint(map(id, _behind(layer, tensor_name))):
                 continue
-            occurrence = _resolve(layer_name, layer, tensor_name)
+            occurrence = resolve(layer_name, layer, tensor_name)
             name = first_names[id(occurrence.parameter)]
             target = found.setdefault(name, Target(name))
             known = [(other.owner, other.attribute) for other in target.occurrences]
@@ -70,9 +71,10 @@ def find_masked(
             raise ValueError(_why_not(name, named, first_names, found))
     targets = [found[name] for name in named if name in masks]
     for target in targets:
-        if not (frozen and _is_ordinary(target.parameter)):
-            _check_parameter(target)
-        target.users = [user for occurrence in target.occurrences for user in _users(occurrence, modules)]
+        check_parameter(target)
+    check_together(targets, None, frozen_too=frozen)
+    for target in targets:
+        target.users = [user for occurrence in target.occurrences for user in users_of(occurrence, modules)]
     return targets, {target.name: ExplicitMask(_checked(target, masks[target.name])) for target in targets}
 
 
@@ -86,13 +88,13 @@ def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
     reshard(model)
     named = dict(unwrapped_parameters(model))
     first_names = {id(parameter): name for name, parameter in reversed(named.items())}
-    types = [_check_type(entry) for entry in DEFAULT_TARGETS]
-    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    modules = dict(unwrapped_modules(model))
+    entries, seen = default_entries(modules.values()), embedded(modules.values())
     masks = {}
-    for layer_name, layer in unwrapped_modules(model):
-        for tensor_name in _tensor_names(layer, types):
+    for layer_name, layer in modules.items():
+        for tensor_name in tensor_names(layer, entries):
             try:
-                parameter = _resolve(layer_name, layer, tensor_name).parameter
+                parameter = resolve(layer_name, layer, tensor_name).parameter
             except ValueError:
                 continue
             if id(parameter) in seen or parameter.is_meta or not _is_ordinary(parameter):

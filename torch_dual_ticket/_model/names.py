@@ -1,4 +1,4 @@
-"""Names of the unwrapped model: those before DDP, torch.compile … added levels to them."""
+"""Names of the unwrapped model: those before DDP, torch.compile, Fabric … added levels to them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "AveragedModel": "module",
+    "DeepSpeedEngine": "module",
+    "DifferentiallyPrivateDistributedDataParallel": "module",  # Opacus
+    "AbstractGradSampleModule": "_module",
+    "_FabricModule": "_forward_module",  # Lightning Fabric; it has the same model as _original_module, too
     "OptimizedModule": "_orig_mod",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +18,17 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .._tensors.dtensor import reshard
-from ..masks.distributions import require_matches
+from .exclusions import check_exclusions, exclusions_for, is_excluded
+from .layout import input_dim_of, is_conv1d_of_transformers
 from .names import unwrapped_modules, unwrapped_parameters
+from .weights import embedded, largest, type_name, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    TargetType = type | tuple[type, str]
+    TargetType = type | tuple[type, str | Sequence[str]] | tuple[type, str | Sequence[str], int]
 
-DEFAULT_TARGETS: tuple[TargetType, ...] = (
+DEFAULT_TARGETS: tuple[type, ...] = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -34,11 +37,20 @@ DEFAULT_TARGETS: tuple[TargetType, ...] = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+"""And the Conv1D of transformers, which cannot be named without importing it."""
 
 _TARGETS_ARE = (
     "targets are module types, whose `weight` is taken, or pairs of a module type and a pattern of parameter names, as"
-    " in targets=(nn.Linear, (nn.LSTM, 'weight_*'))"
+    " in targets=(nn.Linear, (nn.LSTM, 'weight_*')), or these two and the dimension of the weight that holds the inputs"
 )
+
+
+class _Entry(NamedTuple):
+    """One of the ``targets``."""
+
+    module_type: type
+    patterns: tuple[str, ...] = ("weight",)
+    input_dim: int | None = None
 
 
 @dataclass
@@ -51,6 +63,7 @@ class Occurrence:
     owner: nn.Module  # the module that registers the parameter: the layer, or the ParametrizationList under it
     attribute: str  # the parameter's name within the owner: "weight", "weight_v", "original1"
     direction_dim: int | None = None  # weight_norm only: each slice along this dimension is divided by its norm
+    given_input_dim: int | None = None  # what the user has said of the layout
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -86,41 +99,68 @@ class Target:
         return isinstance(self.occurrences[0].layer, _ConvTransposeNd)
 
     @property
-    def grouped(self) -> bool:
-        layer = self.occurrences[0].layer
-        return isinstance(layer, _ConvNd) and layer.groups > 1
+    def input_dim(self) -> int | None:
+        """The dimension of the input units; None for a layout that is not known."""
+        first = self.occurrences[0]
+        return input_dim_of(first.layer) if first.given_input_dim is None else first.given_input_dim % len(self.shape)
+
+    def obstacle(self, kind: str) -> str | None:
+        """What a pattern of this kind is not defined for, if that is what the layer is."""
+        first = self.occurrences[0]
+        if kind == "unstructured":
+            return None
+        if isinstance(first.layer, _ConvNd) and first.layer.groups > 1:
+            return "grouped convolutions"
+        name = type_name(type(first.layer))
+        if kind == "filter" and isinstance(first.layer, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)):
+            return f"{name}: a row of its weights is one gate of a unit, and not a unit"
+        if kind != "block" and self.input_dim is None:
+            return (
+                f"{name}, of which it is not known which dimension holds the inputs. If it is dimension 1 of"
+                f" {self.shape}, say so with targets=(…, ({name}, {first.tensor_name!r}, 1))"
+            )
+        if kind != "n:m" and first.given_input_dim is not None and len(self.shape) > 2:
+            return f"{name}: of the {len(self.shape)} dimensions of its weight only that of the inputs is known"
+        return None
 
 
-def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str]) -> list[Target]:
+def find_targets(
+    model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str], *, tied_to_embeddings: bool = False
+) -> list[Target]:
     """The parameters to prune, in the order and with the names of ``named_parameters()`` of the unwrapped model.
 
     ``types`` are module types, whose ``weight`` is taken, or pairs of a module type and an :mod:`fnmatch` pattern of
-    parameter names: ``(nn.LSTM, "weight_*")``. ``exclude`` are fnmatch patterns of module names; a module's name stands
-    for everything below it too. A tied parameter is excluded with any of its owners.
+    parameter names, or several: ``(nn.LSTM, "weight_*")``; a third part is the dimension of the inputs. ``exclude`` are
+    fnmatch patterns of module names; a module's name stands for everything below it too. A tied parameter is excluded
+    with any of its owners; with the default types, one that an embedding owns too is left out, unless
+    ``tied_to_embeddings``.
 
     Raises:
         TypeError: an entry of ``types`` or ``exclude`` of the wrong kind.
-        ValueError: an exclusion that matches no module, a lazy, frozen or integer parameter, a reparametrization under
-            which zeros would not survive, or no target at all.
+        ValueError: an exclusion that matches no module; lazy, frozen or integer parameters; layers in which zeros would
+            not survive; or no target at all.
     """
     check_model(model)
     if not isinstance(types, Sequence):
         raise TypeError(f"{_TARGETS_ARE}; got {types!r}")
-    pairs = [_check_type(entry) for entry in types]
     reshard(model)
     modules = dict(unwrapped_modules(model))
     check_exclusions(exclude, modules)
     included = {name: layer for name, layer in modules.items() if not is_excluded(name, exclude)}
-    for pair in pairs:
-        _check_matches(pair, included)
+    entries = [_check_type(entry) for entry in types]
+    if types is DEFAULT_TARGETS:
+        entries = default_entries(modules.values())
+    for entry in entries:
+        _check_matches(entry, included)
 
     first_names: dict[int, str] = {}
     for name, parameter in unwrapped_parameters(model):
         first_names.setdefault(id(parameter), name)
     found: dict[int, Target] = {}
     for layer_name, layer in included.items():
-        for tensor_name in _tensor_names(layer, pairs):
-            occurrence = _resolve(layer_name, layer, tensor_name)
+        for tensor_name, input_dim in tensor_names(layer, entries).items():
+            occurrence = resolve(layer_name, layer, tensor_name)
+            occurrence.given_input_dim = input_dim
             key = id(occurrence.parameter)
             target = found.setdefault(key, Target(first_names[key]))
             known = [(other.owner, other.attribute) for other in target.occurrences]
@@ -129,17 +169,30 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     excluded = {  # a parameter of an excluded layer may be tied to one of an included layer
         id(parameter) for name in modules.keys() - included.keys() for parameter in modules[name]._parameters.values()
     }
+    if types is DEFAULT_TARGETS and not tied_to_embeddings:
+        excluded |= embedded(modules.values())
     targets = [found[key] for key in first_names if key in found and key not in excluded]
     if not targets:
         names = ", ".join(t if isinstance(t, str) else getattr(t, "__name__", repr(t)) for t in types)
+        left = [one for one in weights_of(model) if one.layer_name in included and id(one.parameter) not in excluded]
+        shares, advice = largest(left, sum(one.parameter.numel() for one in left))
+        hint = f". Its largest weights are {shares}: targets=({', '.join(advice)},) would take them" if left else ""
         raise ValueError(
-            f"nothing to prune: {type(model).__name__} has no parameter that matches targets=({names}) "
-            f"and is not excluded by exclude={list(exclude)!r}"
+            f"nothing to prune: {type(model).__name__} has no parameter that matches targets=({names}), is not excluded"
+            f" by exclude={list(exclude)!r}, and is not shared with an embedding{hint}"
         )
     for target in targets:
-        _check_parameter(target)
-        target.users = [user for occurrence in target.occurrences for user in _users(occurrence, modules)]
+        check_parameter(target)
+    check_together(targets, exclude)
+    for target in targets:
+        target.users = [user for occurrence in target.occurrences for user in users_of(occurrence, modules)]
     return targets
+
+
+def default_entries(modules: Iterable[nn.Module]) -> list[_Entry]:
+    """What the default targets are in a model of these modules."""
+    kinds = {type(module) for module in modules if is_conv1d_of_transformers(module)}
+    return [_Entry(kind) for kind in (*DEFAULT_TARGETS, *kinds)]
 
 
 def runs_forward(layer: nn.Module) -> bool:
@@ -152,7 +205,7 @@ def runs_forward(layer: nn.Module) -> bool:
     return has_forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
-def _users(occurrence: Occurrence, modules: dict[str, nn.Module]) -> list[Occurrence]:
+def users_of(occurrence: Occurrence, modules: dict[str, nn.Module]) -> list[Occurrence]:
     """Where the layer's own forward is not called: the parameter as the next module above with a forward has it."""
     name = occurrence.layer_name
     if runs_forward(occurrence.layer):
@@ -170,57 +223,61 @@ def check_model(model: nn.Module) -> None:
     """A module, of layers that have their own weights."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model itself")
-    for name, module in model.named_modules():
-        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
-            raise ValueError(
-                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), which flattens the weights of many"
-                " layers into one parameter. Use FSDP2 instead: torch.distributed.fsdp.fully_shard."
-            )
-
-
-def _check_type(entry: TargetType) -> tuple[type, str]:
-    module_type, pattern = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, "weight")
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module) and isinstance(pattern, str)):
-        raise TypeError(f"{_TARGETS_ARE}; got {entry!r} among them")
-    return module_type, pattern
-
-
-def check_exclusions(exclude: Sequence[str], names: Iterable[str]) -> None:
-    """A sequence of patterns, each of which matches one of these modules."""
-    if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
-        raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
-    require_matches(exclude, names, "exclude: the pattern")
-
-
-def is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:
-    """Whether a pattern matches the module or one that contains it."""
-    parts = layer_name.split(".")
-    lineage = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(name, pattern) for name in lineage for pattern in exclude)
-
-
-def _tensor_names(layer: nn.Module, pairs: list[tuple[type, str]]) -> list[str]:
-    """The names under which the layer's forward uses the tensors to prune."""
-    patterns = [pattern for module_type, pattern in pairs if isinstance(layer, module_type)]
-    names = _all_tensor_names(layer) if patterns else []
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def _check_matches(pair: tuple[type, str], layers: dict[str, nn.Module]) -> None:
-    """Where there is a layer of that type, one has such a parameter; an LSTM, for example, has no `weight` to prune."""
-    module_type, pattern = pair
-    of_type = [(name, layer) for name, layer in layers.items() if isinstance(layer, module_type)]
-    if of_type and not any(_tensor_names(layer, [pair]) for _, layer in of_type):
-        name, layer = of_type[0]
-        names = [tensor_name for tensor_name in _all_tensor_names(layer) if "bias" not in tensor_name]
-        example = f"as in targets=(({module_type.__name__}, {names[0]!r}), …)" if names else "or leave the type out"
+    wrappers = (
+        name or "the model"
+        for name, module in model.named_modules()
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
+    )
+    # The wrapper may lie above the model, as where Lightning gives the module inside to a callback.
+    flattened = (name for name, parameter in model.named_parameters() if hasattr(parameter, "_fsdp_flattened"))
+    if first := next(itertools.chain(wrappers, flattened), None):
         raise ValueError(
-            f"targets: no {module_type.__name__} in the model has a parameter {pattern!r}; {name!r} has"
+            f"{first} belongs to a FullyShardedDataParallel (FSDP1), which flattens the weights of many layers into one"
+            " parameter. Use FSDP2 instead: torch.distributed.fsdp.fully_shard."
+        )
+
+
+def _check_type(entry: TargetType) -> _Entry:
+    parts: tuple[Any, ...] = entry if isinstance(entry, tuple) else (entry,)
+    kind, names, input_dim = (*parts, *("weight", None)[len(parts) - 1 :]) if 0 < len(parts) <= 3 else (None,) * 3
+    patterns = (names,) if isinstance(names, str) else names
+    if (
+        not (isinstance(kind, type) and issubclass(kind, nn.Module))
+        or not (isinstance(patterns, Sequence) and patterns and all(isinstance(name, str) for name in patterns))
+        or not (input_dim is None or type(input_dim) is int)
+    ):
+        raise TypeError(f"{_TARGETS_ARE}; got {entry!r} among them")
+    return _Entry(kind, tuple(patterns), input_dim)
+
+
+def tensor_names(layer: nn.Module, entries: Sequence[_Entry]) -> dict[str, int | None]:
+    """The names under which the layer's forward uses the tensors to prune; with the inputs' dimension, if given."""
+    mine = [entry for entry in entries if isinstance(layer, entry.module_type)]
+    names: dict[str, int | None] = {}
+    for name in all_tensor_names(layer) if mine else ():
+        given = [entry.input_dim for entry in mine if any(fnmatchcase(name, pattern) for pattern in entry.patterns)]
+        if given:
+            names[name] = next((dim for dim in given if dim is not None), None)
+    return names
+
+
+def _check_matches(entry: _Entry, layers: dict[str, nn.Module]) -> None:
+    """Where there is a layer of that type, one has such a parameter; an LSTM, for example, has no `weight` to prune."""
+    kind = entry.module_type
+    of_type = [(name, layer) for name, layer in layers.items() if isinstance(layer, kind)]
+    for pattern in entry.patterns if of_type else ():
+        if any(tensor_names(layer, [_Entry(kind, (pattern,))]) for _, layer in of_type):
+            continue
+        name, layer = of_type[0]
+        names = [tensor_name for tensor_name in all_tensor_names(layer) if "bias" not in tensor_name]
+        example = f"as in targets=(({kind.__name__}, {names[0]!r}), …)" if names else "or leave the type out"
+        raise ValueError(
+            f"targets: no {kind.__name__} in the model has a parameter {pattern!r}; {name!r} has"
             f" {', '.join(names) or 'none'}. Give a pair of the type and a pattern of its parameter names, {example}."
         )
 
 
-def _all_tensor_names(layer: nn.Module) -> list[str]:
+def all_tensor_names(layer: nn.Module) -> list[str]:
     names = [name for name, parameter in layer._parameters.items() if parameter is not None]
     if parametrize.is_parametrized(layer):
         names += list(layer.parametrizations)  # type: ignore[arg-type]
@@ -232,7 +289,7 @@ def _all_tensor_names(layer: nn.Module) -> list[str]:
     return names
 
 
-def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Occurrence:
+def resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Occurrence:
     """The leaf parameter behind an attribute of a layer; ``ValueError`` says why it cannot be pruned."""
     if tensor_name in layer._parameters:
         return Occurrence(layer_name, layer, tensor_name, layer, tensor_name)
@@ -259,7 +316,46 @@ def _resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Occurrence:
     )
 
 
-def _check_parameter(target: Target) -> None:
+def check_together(targets: list[Target], exclude: Sequence[str] | None, *, frozen_too: bool = False) -> None:
+    """What may be true of many targets at once is said of all of them, with patterns that leave them all out.
+
+    ``exclude`` is None where the targets are those that masks name.
+    """
+    frozen = [target for target in targets if not target.parameter.requires_grad]
+    if frozen and not frozen_too:
+        it = "them" if frozen[1:] else "it"
+        raise ValueError(
+            f"{_listed(frozen)} frozen (requires_grad is False), so no penalty can move what is known there. Unfreeze"
+            f" {it}, or leave {it} out{_exclude(frozen, targets, exclude)}."
+        )
+    standardized = [target for target in targets if _standardizes(target.occurrences[0].layer)]
+    if standardized:
+        kind = type(standardized[0].occurrences[0].layer).__name__
+        raise ValueError(
+            f"{_listed(standardized)} standardized by the forward of {kind}, so zeros put into the parameter would not"
+            f" be zeros of the kernel. Leave such layers out{_exclude(standardized, targets, exclude)}."
+        )
+
+
+def _standardizes(layer: nn.Module) -> bool:
+    """Weight standardization within the forward, as in StdConv2d and ScaledStdConv2d of timm: known by its name."""
+    return any("StdConv" in base.__name__ or "Standardized" in base.__name__ for base in type(layer).__mro__)
+
+
+def _listed(targets: list[Target]) -> str:
+    more = f" and {len(targets) - 3} more" if targets[3:] else ""
+    return f"{', '.join(target.name for target in targets[:3])}{more} {'are' if targets[1:] else 'is'}"
+
+
+def _exclude(unwanted: list[Target], targets: list[Target], exclude: Sequence[str] | None) -> str:
+    if exclude is None:
+        return " of the masks"
+    names = {target.name for target in unwanted}
+    others = [name for target in targets if target.name not in names for name in target.layer_names]
+    return f" with exclude={[*exclude, *exclusions_for([target.layer_name for target in unwanted], others)]}"
+
+
+def check_parameter(target: Target) -> None:
     name, parameter, leave_out = target.name, target.parameter, f"exclude=[{target.layer_name!r}]"
     if is_lazy(parameter):
         raise ValueError(f"{name} has no shape yet: run one forward pass through the lazy module before pruning it")
@@ -268,10 +364,10 @@ def _check_parameter(target: Target) -> None:
             f"{name} has dtype {parameter.dtype}; only floating-point and complex weights can be pruned. Leave the"
             f" layer out with {leave_out}."
         )
-    if not parameter.requires_grad:
+    if not -parameter.dim() <= (target.occurrences[0].given_input_dim or 0) < max(1, parameter.dim()):
         raise ValueError(
-            f"{name} is frozen (requires_grad is False), so no penalty can move what it knows. Unfreeze it, or leave"
-            f" the layer out with {leave_out}."
+            f"targets: {target.occurrences[0].given_input_dim} is given as the dimension of the inputs of {name}, whose"
+            f" shape is {target.shape}"
         )
     if parameter.is_conj():
         raise ValueError(

@@ -130,6 +130,7 @@ def take_measurement(ticket: Ticket, masks: Mapping[str, Mask] | None = None) ->
         counts.append((managed.name, mask.pruned_weights, math.prod(mask.shape)))
         parameter = managed.tensor()
         if parameter is not None and not parameter.is_meta:
+            managed.check_kind(parameter)
             group = alike.setdefault((parameter.device, *placement(parameter)), (parameter, [], []))
             group[1].append(index)
             group[2].append(managed.squared_norms(mask, parameter, holds=ticket.holds))

@@ -91,8 +91,9 @@ class MaskCache:
     def _check_shape(self, mask: Mask, parameter: Tensor, weight: Tensor) -> None:
         if not is_sharded(parameter) and tuple(weight.shape) != mask.shape:
             raise RuntimeError(
-                f"{self._name} has shape {tuple(weight.shape)}, but had {mask.shape} when the scheduler was"
-                " built. Build a new one, after remove() on this one. (FSDP1 flattens parameters; use fully_shard.)"
+                f"{self._name} has shape {tuple(weight.shape)}, but had {mask.shape} when the scheduler was built: the"
+                " layer was changed since (embeddings resized, units cut out, FSDP1). Call remove() before that, and"
+                " build a new scheduler after it."
             )
 
 

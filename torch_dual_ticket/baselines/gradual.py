@@ -14,7 +14,7 @@ from .._rst.schedule import check_integer
 from .._rst.validation import check_state
 from ..masks.records import as_state, of_state
 from ..scheduler import RSTScheduler
-from .magnitude import ALL, check_pattern, remove_smallest, rounds_of_counts
+from .magnitude import ALL_LAYERS, check_pattern, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ class GradualPruning(RSTScheduler):
         self._pattern, self._scores = pattern, scores
         found = find_targets(model, targets, exclude)
         self._counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]  # at the end
-        self._targets = [target for target in found if ALL in self._counts or target.name in self._counts]
+        self._targets = [target for target in found if ALL_LAYERS in self._counts or target.name in self._counts]
         nothing = torch.ones((), dtype=torch.bool, device="cpu")
         masks = {target.name: nothing.expand(target.shape) for target in self._targets}
         super().__init__(model, steps=steps, hold=hold, max_penalty=max_penalty, optimizer=optimizer, masks=masks)

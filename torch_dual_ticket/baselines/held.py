@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from .._engine.layer_hook import manage
 from .._engine.ticket import Ticket
 from .._model.masked import find_masked, masks_of_zeros
 from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
 from .._rst.managed import ManagedMasks
 from .._rst.ranks import agree_on_masks, agree_on_seed
 from .._rst.schedule import check_integer
@@ -96,7 +96,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
         RuntimeError: ranks disagree.
 
     Warns:
-        UserWarning: None, and a weight is nothing but zeros, which would stay so.
+        UserWarning: a mask keeps nothing of its weight; with None, the weight is nothing but zeros.
 
     Example:
         >>> import torch
@@ -113,15 +113,10 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
                 "there is nothing to hold: no weight of a linear or convolutional layer is zero. Load the sparse"
                 " weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
             )
-        empty = [name for name, kept in masks.items() if not bool(kept.any())]
-        if empty:
-            warnings.warn(
-                f"{', '.join(empty[:3])}{', …' if empty[3:] else ''}: all zero, and held so. If that is how the layer"
-                " begins (zero initialization), give masks without it.",
-                stacklevel=2,
-            )
     found, explicit = find_masked(model, masks, frozen=True)
+    check_directions(found, explicit)
     agree_on_masks(explicit, model)
+    warn_of_emptied(explicit)
     return HeldMasks(model, found, explicit)
 
 
@@ -154,4 +149,6 @@ def random_ticket(
     plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern)
     found = [target for target in found if target.name in plan.shapes]
     with generator_unchanged_on_error():
-        return HeldMasks(model, found, plan.masks(agree_on_seed(given, plan, model)))
+        seeded = plan.masks(agree_on_seed(given, plan, model))
+        warn_of_constant_outputs(model, found, seeded)
+        return HeldMasks(model, found, seeded)

@@ -6,12 +6,13 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._rst.cut_warnings import warn_of_emptied
 from .._rst.schedule import check_integer
 from .._rst.validation import check_directions, check_unmanaged
 from ..masks.explicit import ExplicitMask
 from ..masks.records import of_state
 from .held import HeldMasks
-from .magnitude import remove_smallest, rounds_of_counts
+from .magnitude import ALL_LAYERS, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,6 +109,8 @@ class LotteryTicket:
         found = [target for target in found if target.name in masks]
         explicit = {name: ExplicitMask(mask) for name, mask in masks.items()}
         check_directions(found, explicit)  # before anything is changed
+        if ALL_LAYERS in self._counts[self.round]:  # else the constructor has warned
+            warn_of_emptied(explicit)
         self.remove()
         self._model.load_state_dict(self._origin)
         for parameter in self._model.parameters():

@@ -13,7 +13,7 @@ from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._tensors.dtensor import reshard
 from .._tensors.sharding import whole
 from ..masks.distributions import validate_sparsity
-from ..masks.patterns import input_dim, parse_pattern, pruned_units
+from ..masks.patterns import parse_pattern, pruned_units
 from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .._model.targets import Target, TargetType
 
-ALL = ""  # the key of all layers together, where they have one threshold
+ALL_LAYERS = ""  # the key of all layers together, where they have one threshold
 
 
 def magnitude_masks(
@@ -102,7 +102,7 @@ def rounds_of_counts(
     counts = [pruned_units(sparsity_of_cycle(sparsity, cycle, rounds), total) for cycle in range(1, rounds + 1)]
     if not counts[-1]:
         raise ValueError(f"nothing to prune: sparsity={sparsity!r} of {total} weights rounds to none")
-    return [{ALL: count} for count in counts]
+    return [{ALL_LAYERS: count} for count in counts]
 
 
 @torch.no_grad()
@@ -123,15 +123,16 @@ def remove_smallest(
     masks, magnitudes = {}, {}
     for target in targets:
         name = target.name
-        if ALL not in counts and name not in counts:
+        if ALL_LAYERS not in counts and name not in counts:
             continue  # stays dense
         magnitude = whole(target.parameter).detach().abs() if scores is None else _score(target, scores)
         if within is not None and name in within:
             magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -math.inf)
         if parsed.kind == "n:m":
-            stay = _largest_of_groups(magnitude, parsed.first, parsed.second, input_dim(target.transposed))
+            assert target.input_dim is not None  # the plan needs it too
+            stay = _largest_of_groups(magnitude, parsed.first, parsed.second, target.input_dim)
             masks[name] = stay | _largest(magnitude.masked_fill(stay, math.inf), counts[name])
-        elif ALL in counts:
+        elif ALL_LAYERS in counts:
             magnitudes[name] = magnitude
         else:
             masks[name] = _largest(magnitude, counts[name])
@@ -139,7 +140,9 @@ def remove_smallest(
         return masks
     device = next(iter(magnitudes.values())).device
     together = torch.cat([magnitude.flatten().to(device) for magnitude in magnitudes.values()])
-    parts = torch.split(_largest(together, counts[ALL]), [magnitude.numel() for magnitude in magnitudes.values()])
+    parts = torch.split(
+        _largest(together, counts[ALL_LAYERS]), [magnitude.numel() for magnitude in magnitudes.values()]
+    )
     return {
         name: part.view(magnitude.shape).to(magnitude.device)
         for (name, magnitude), part in zip(magnitudes.items(), parts, strict=True)

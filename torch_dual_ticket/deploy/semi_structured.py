@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .._model.targets import check_exclusions, is_excluded
+from .._model.exclusions import check_exclusions, is_excluded
 from .plain_copy import leave_fast_paths, linear_layers, plain_copy
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Modu
     """A copy for inference on CUDA whose 2:4 ``Linear`` layers have ``torch.sparse.to_sparse_semi_structured`` weights.
 
     Call it after ``finalize()`` and the finetuning of a ticket of pattern "2:4", with the model on the GPU and in the
-    dtype to run in; float16 and bfloat16 gain most. Every ``nn.Linear`` with at most two weights that are not zero in
+    dtype to run in: float16 or bfloat16, not float32. Every ``nn.Linear`` with at most two weights that are not zero in
     each four is converted; layers of other types and dense ones stay as they are. Save the finalized model rather than
     the copy, and convert again after loading.
 
@@ -64,6 +64,8 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Modu
                 ' later): move the model first, with model.to("cuda")'
             )
         try:
+            if weight.dtype is torch.float32:  # which torch converts silently
+                raise ValueError("in this dtype its format has one of each two weights, and would lose the others.")
             converted = torch.sparse.to_sparse_semi_structured(weight.contiguous())
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise ValueError(

@@ -163,7 +163,9 @@ class _Shrinker:
         layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear | _ConvNd)]
         zero = [name for name, layer in layers if not all(Member(layer, dim, {}).used().all() for dim in (0, 1))]
         if not zero:
-            return f'{what}: no filter is zero. finalize() a ticket of pattern="filter" first.'
+            recurrent = any(isinstance(layer, nn.RNNBase | nn.RNNCellBase) for layer in self.model.modules())
+            others = " Recurrent layers keep their size." if recurrent else ""
+            return f'{what}: no filter is zero. finalize() a ticket of pattern="filter" first.{others}'
         return (
             f"{what}, although {zero[0]} has filters that are zero: they are inputs or outputs of the model, or belong"
             " to channels to which other layers add (residual connections), or that are normalized with others"

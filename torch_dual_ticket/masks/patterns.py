@@ -68,17 +68,14 @@ def pruned_units(sparsity: float, units: int) -> int:
     return round(sparsity * units)
 
 
-def input_dim(transposed: bool) -> int:
-    """The dimension of the input units: 1, and 0 for transposed convolutions, which store (in, out, …)."""
-    return 0 if transposed else 1
-
-
-def tile(shape: Sequence[int], pattern: str, transposed: bool = False) -> tuple[int, ...]:
+def tile(shape: Sequence[int], pattern: str, input_dim: int = 1) -> tuple[int, ...]:
     """The shape of one unit in a weight of `shape`; a single weight for "n:m", which chooses weights within groups.
+
+    The input units are those of `input_dim`; the output units are those of dimension 0, or 1 where the inputs are 0.
 
     Raises ``ValueError`` where the pattern does not fit the shape.
 
-    >>> tile((64, 32, 3, 3), "block:4x2"), tile((64, 32, 3, 3), "filter"), tile((64, 32), "filter", transposed=True)
+    >>> tile((64, 32, 3, 3), "block:4x2"), tile((64, 32, 3, 3), "filter"), tile((64, 32), "filter", input_dim=0)
     ((4, 2, 1, 1), (1, 32, 3, 3), (64, 1))
     """
     parsed = parse_pattern(pattern)
@@ -90,8 +87,7 @@ def tile(shape: Sequence[int], pattern: str, transposed: bool = False) -> tuple[
             f"pattern {pattern!r} needs output and input units, that is 2 or more dimensions, got shape {shape}; "
             'exclude it or use pattern="unstructured"'
         )
-    inputs = input_dim(transposed)
-    outputs = 1 - inputs
+    inputs, outputs = input_dim, int(input_dim == 0)
     if parsed.kind == "filter":
         return (*shape[:outputs], 1, *shape[outputs + 1 :])
     if parsed.kind == "channel":
@@ -105,7 +101,7 @@ def tile(shape: Sequence[int], pattern: str, transposed: bool = False) -> tuple[
     return tuple(sizes.get(dim, 1) for dim in range(len(shape)))
 
 
-def count_units(shape: Sequence[int], pattern: str, transposed: bool = False) -> int:
+def count_units(shape: Sequence[int], pattern: str, input_dim: int = 1) -> int:
     """How many units a weight of `shape` has. For "n:m" the units are its weights.
 
     Raises ``ValueError`` where the pattern does not fit the shape.
@@ -113,7 +109,7 @@ def count_units(shape: Sequence[int], pattern: str, transposed: bool = False) ->
     >>> count_units((64, 32, 3, 3), "block:4x2"), count_units((64, 32, 3, 3), "filter"), count_units((8, 4), "2:4")
     (2304, 64, 32)
     """
-    return math.prod(size // unit for size, unit in zip(shape, tile(shape, pattern, transposed), strict=True) if unit)
+    return math.prod(size // unit for size, unit in zip(shape, tile(shape, pattern, input_dim), strict=True) if unit)
 
 
 def _check_divides(shape: tuple[int, ...], dim: int, units: str, divisor: int, pattern: str) -> None:

@@ -27,9 +27,10 @@ class Prunable(Protocol):
     @property
     def transposed(self) -> bool: ...
     @property
-    def grouped(self) -> bool: ...
+    def input_dim(self) -> int | None: ...
     @property
     def layer_names(self) -> Sequence[str]: ...
+    def obstacle(self, kind: str) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Plan:
 
     pattern: str
     shapes: dict[str, tuple[int, ...]]  # by parameter name
-    transposed: dict[str, bool]
+    layouts: dict[str, tuple[bool, int | None]]  # transposed and input_dim, as masks have them
     pruned: list[dict[str, int]]  # units, in each cycle
 
     def masks(self, seed: int, cycle: int = -1) -> dict[str, SeededMask]:
         """The masks of a cycle (from 0), by default of the last."""
         return {
-            name: SeededMask(seed, name, shape, self.pruned[cycle][name], self.pattern, self.transposed[name])
+            name: SeededMask(seed, name, shape, self.pruned[cycle][name], self.pattern, *self.layouts[name])
             for name, shape in self.shapes.items()
         }
 
@@ -107,7 +108,7 @@ def make_plan(
             " through it any more. Leave it dense with exclude, or give it a lower sparsity.",
             stacklevel=stacklevel,
         )
-    return Plan(pattern, shapes, {target.name: target.transposed for target in pruned_targets}, pruned)
+    return Plan(pattern, shapes, {target.name: _layout(target, pattern) for target in pruned_targets}, pruned)
 
 
 def sparsity_of_cycle(sparsity: float, cycle: int, cycles: int) -> float:
@@ -141,12 +142,18 @@ def _check_implied(
 
 def _count_units(target: Prunable, pattern: str) -> int:
     exclusion = f"exclude=[{target.layer_names[0]!r}]"
-    if target.grouped and parse_pattern(pattern).kind != "unstructured":
+    if obstacle := target.obstacle(parse_pattern(pattern).kind):
         raise ValueError(
-            f"{target.name}: pattern {pattern!r} is not defined for grouped convolutions. Leave the layer dense with "
-            f"{exclusion}, or use pattern='unstructured'."
+            f"{target.name}: pattern {pattern!r} is not defined for {obstacle}. Leave the layer dense with {exclusion},"
+            " or use pattern='unstructured'."
         )
     try:
-        return count_units(target.shape, pattern, target.transposed)
+        return count_units(target.shape, pattern, 1 if target.input_dim is None else target.input_dim)
     except ValueError as error:
         raise ValueError(f"{target.name}: {error} ({exclusion})") from None
+
+
+def _layout(target: Prunable, pattern: str) -> tuple[bool, int | None]:
+    """An unstructured mask has no need of input_dim, and stays what it was before that was known."""
+    is_usual = pattern == "unstructured" or target.input_dim == int(not target.transposed)
+    return target.transposed, None if is_usual else target.input_dim

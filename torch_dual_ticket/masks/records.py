@@ -42,7 +42,8 @@ def of_state(state: Mapping[str, Any]) -> dict[str, Mask]:
 def as_record(mask: Mask) -> dict[str, Any]:
     """One mask, with its fingerprint."""
     if isinstance(mask, SeededMask):
-        fields = asdict(mask)
+        # Most masks have no input_dim, and their files can be read by releases that know of none.
+        fields = {key: value for key, value in asdict(mask).items() if value is not None}
     else:
         assert isinstance(mask, ExplicitMask)
         fields = {"shape": list(mask.shape), "bits": mask.bits}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .patterns import count_units, input_dim, parse_pattern, tile
+from .patterns import count_units, parse_pattern, tile
 from .permutation import KeyedPermutation
 
 if TYPE_CHECKING:
@@ -47,10 +47,11 @@ class SeededMask:
         seed: any integer.
         name: the parameter's name in the unwrapped model; layers of different names get independent masks.
         shape: the full, unsharded shape.
-        pruned: how many units are masked, ``0 … count_units(shape, pattern, transposed)``. The units of "n:m" are
-            weights, and its count is fixed: ``count_units(...) // m * (m - n)``.
+        pruned: how many units are masked, ``0 … units``. The units of "n:m" are
+            weights, and its count is fixed: ``units // m * (m - n)``.
         pattern: "unstructured", "n:m", "block:RxC", "filter" or "channel".
         transposed: dimension 0 holds the input units and dimension 1 the output units, as in ``ConvTranspose2d``.
+        input_dim: the dimension of the input units, where it is another one than `transposed` says.
 
     Raises:
         TypeError: `seed`, `pruned` or a size is not an integer.
@@ -71,6 +72,7 @@ class SeededMask:
     pruned: int
     pattern: str = "unstructured"
     transposed: bool = False
+    input_dim: int | None = None
 
     def __post_init__(self) -> None:
         # Plain integers: those of other types, such as numpy's, cannot be written into the key.
@@ -92,7 +94,11 @@ class SeededMask:
     @property
     def units(self) -> int:
         """Number of units of the full mask."""
-        return count_units(self.shape, self.pattern, self.transposed)
+        return count_units(self.shape, self.pattern, self._inputs)
+
+    @property
+    def _inputs(self) -> int:
+        return int(not self.transposed) if self.input_dim is None else self.input_dim
 
     @property
     def pruned_weights(self) -> int:
@@ -101,7 +107,7 @@ class SeededMask:
         >>> SeededMask(0, "conv.weight", (8, 4, 3, 3), pruned=2, pattern="filter").pruned_weights
         72
         """
-        return self.pruned * math.prod(tile(self.shape, self.pattern, self.transposed))
+        return self.pruned * math.prod(tile(self.shape, self.pattern, self._inputs))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,7 +117,9 @@ class SeededMask:
         >>> len(a.fingerprint), a.fingerprint == b.fingerprint
         (16, False)
         """
-        return hashlib.sha256(_text(ALGORITHM, *astuple(self))).hexdigest()[:16]
+        fields = astuple(self)
+        fields = fields[:-1] if self.input_dim is None else fields  # as before there was an input_dim
+        return hashlib.sha256(_text(ALGORITHM, *fields)).hexdigest()[:16]
 
     def draw(
         self,
@@ -161,7 +169,7 @@ class SeededMask:
         return KeyedPermutation(key, self.units, device)
 
     def _draw_units(self, offset: tuple[int, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
-        unit = tile(self.shape, self.pattern, self.transposed)
+        unit = tile(self.shape, self.pattern, self._inputs)
         dims = range(len(size))
         first = [offset[d] // unit[d] for d in dims]
         stop = [-(-(offset[d] + size[d]) // unit[d]) for d in dims]
@@ -181,7 +189,7 @@ class SeededMask:
         """Keep the n weights of the highest ranks in each group of m."""
         parsed = parse_pattern(self.pattern)
         n, m = parsed.first, parsed.second
-        inputs = input_dim(self.transposed)
+        inputs = self._inputs
         # The block may cut through groups: draw all groups that it touches, then take the block out of them.
         before = offset[inputs] % m
         whole = -(-(before + size[inputs]) // m) * m

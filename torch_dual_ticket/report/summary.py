@@ -11,7 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._engine.layer_hook import layer_hooks
+from .._engine.parameter import is_converted
 from .._engine.ticket import Phase, Ticket
+from .._model.coverage import why_dense
+from .._model.layout import input_dim_of
 from .._model.names import unwrapped_modules
 from .._rst.residual import measure, total_of
 from .._tables import Table, as_best_text, as_renderable, percent, terminal_width
@@ -20,7 +23,9 @@ from .._tensors.dtensor import local, reshard, sum_over_shards
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from .._engine.parameter import ManagedParameter
     from .._rst.residual import LayerReport
+    from ..masks.mask import Mask
 
 
 class HasMasks(Protocol):
@@ -42,6 +47,10 @@ class LayerSummary:
             one of ``torch.nn.utils.prune``; "" where there is no mask.
         residual: ‖masked weights‖ / ‖all weights‖ now; None where the layer is not managed.
         penalty: λ of the next update; None after ``finalize()``, or where the layer is not managed.
+        dead: outputs whose inputs are all masked, so that their biases are all that they are; None where the layer is
+            not managed, or where it is not known which dimension of its weight holds the outputs.
+        dense: why the layer is not managed, where others are: "excluded", "embedding", "tied to an embedding" or "not a
+            target type".
     """
 
     name: str
@@ -51,6 +60,8 @@ class LayerSummary:
     pattern: str
     residual: float | None = None
     penalty: float | None = None
+    dead: int | None = None
+    dense: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -98,6 +109,14 @@ class Summary:
 
     __repr__ = __str__
 
+    def _left_dense(self) -> str:
+        sizes: dict[str, int] = {}
+        for layer in self.layers:
+            if layer.dense:
+                sizes[layer.dense] = sizes.get(layer.dense, 0) + layer.size
+        sizes["1-D"] = sum(self.others)
+        return ", ".join(f"{size:,} {reason}" for reason, size in sizes.items() if size) or "nothing"
+
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield as_renderable(self._table(options.max_width), options.max_width)
 
@@ -107,14 +126,18 @@ class Summary:
         managed = [layer for layer in masked if layer.residual is not None]
         rows = [_cells(layer) for layer in self.layers]
         if self.others:
-            rows.append((f"{len(self.others)} others", "", "", "dense", f"{sum(self.others):,}", "", ""))
+            rows.append((f"{len(self.others)} others", "", "", "dense", f"{sum(self.others):,}", "", "", ""))
         footer = []
         if managed:
             kept, size = sum(layer.kept for layer in managed), sum(layer.size for layer in managed)
             footer.append(_total("managed layers", kept, size, f"{self.residual:.4f}"))
         footer.append(_total("whole model", self.kept, self.size, ""))
         notes = [_MEANING[phase] for phase in self.phases or ("",)]
+        if managed:
+            notes.append(f"left dense: {self._left_dense()}")
         empty = {column for column in _OPTIONAL if all(row[column] in ("", _NOTHING) for row in rows)}
+        if _DEAD not in empty:
+            notes.append("dead: outputs whose inputs are all masked")
         table = _without(empty, rows, footer, notes)
         if table.width <= width:
             return table
@@ -127,12 +150,15 @@ class Summary:
 
 
 def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
-    """A table of the layers of a model: shape, pattern, sparsity, kept weights, residual and λ. Print what it returns.
+    """A table of the layers of a model: shape, pattern, sparsity, kept weights, residual, λ; print what it returns.
 
     Call it at any time; it reads every weight. Of a model that is managed, by an ``RSTScheduler``, by masks of
     :mod:`torch_dual_ticket.baselines` or as a finalized copy, it shows the masks. Of any other (loaded from a file,
     after ``remove()``, pruned by ``torch.nn.utils.prune``) it counts the zeros. Collective where parameters are sharded
     (FSDP2, DTensor): call it on every rank, and print on one.
+
+    Of a managed model it also says how many weights are left dense, and why; and where a layer has dead units, outputs
+    whose inputs are all masked, how many.
 
     rich draws the table where it is installed, and ``rich.print`` adds colors.
 
@@ -156,6 +182,7 @@ def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
     reshard(model)
     modules = list(unwrapped_modules(model))
     managed = _managed(model)
+    reasons = why_dense(model, managed) if managed else {}
     layers, others, reports = [], [], []
     known: set[int] = set()
     for prefix, module in modules:
@@ -171,7 +198,8 @@ def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
             elif is_lazy(parameter) or parameter.dim() < 2:
                 others.append(0 if is_lazy(parameter) else parameter.numel())
             else:
-                layers.append(_count_zeros(name, module, key, parameter))
+                layer = _count_zeros(name, module, key, parameter)
+                layers.append(replace(layer, dense=reasons.get(id(parameter), "")))
     return Summary(tuple(layers), tuple(others), total_of(reports).residual if reports else None)
 
 
@@ -193,16 +221,32 @@ def _managed(model: nn.Module) -> dict[int, tuple[LayerSummary, LayerReport]]:
     """The managed parameters of the model, by id."""
     hooks = [hook for hook in layer_hooks(model) if hook.ticket.phase is not Phase.IDLE]
     tickets = {id(hook.ticket): hook.ticket for hook in hooks}
+    for key, ticket in list(tickets.items()):
+        if any(is_converted(tensor) for _, tensor in ticket.managed()):  # it cannot be measured any more
+            del tickets[key]
     reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
     found = {}
     for hook in hooks:
+        if id(hook.ticket) not in tickets:
+            continue
         ticket, mask = hook.ticket, hook.ticket.mask(hook.managed)
         report = reports[id(ticket), hook.managed.name]
         kept, pattern = report.size - report.pruned, getattr(mask, "pattern", "explicit")
         penalty = None if ticket.holds else ticket.stage.penalty
-        layer = LayerSummary(hook.managed.name, mask.shape, report.size, kept, pattern, report.residual, penalty)
-        found[id(hook.managed.tensor())] = layer, report
+        tensor, dead = hook.managed.tensor(), _count_dead(mask, hook.managed)
+        layer = LayerSummary(hook.managed.name, mask.shape, report.size, kept, pattern, report.residual, penalty, dead)
+        found[id(tensor)] = layer, report
     return found
+
+
+def _count_dead(mask: Mask, managed: ManagedParameter) -> int | None:
+    layer, tensor = managed.layer(), managed.tensor()
+    inputs = None if layer is None else input_dim_of(layer)
+    if inputs is None or len(mask.shape) < 2:
+        return None
+    kept = mask.draw(device=None if tensor is None or tensor.is_meta else tensor.device)
+    outputs = kept.movedim(int(inputs == 0), 0).flatten(1)
+    return int((~outputs.any(1)).sum())
 
 
 def _count_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> LayerSummary:
@@ -217,6 +261,8 @@ def _count_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> L
 @torch.no_grad()
 def _count_nonzero(tensor: Tensor) -> int:
     part = local(tensor)
+    if type(part).dequantize is not Tensor.dequantize:  # of a type that quantization makes
+        part = part.dequantize()
     if part.layout is not torch.strided or is_traceable_wrapper_subclass(part):  # sparse, semi-structured …
         part = part.to_dense()
     return int(sum_over_shards(part.count_nonzero(), tensor))
@@ -224,8 +270,8 @@ def _count_nonzero(tensor: Tensor) -> int:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-_HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "residual", "λ")
-_PATTERN, _RESIDUAL, _PENALTY = _OPTIONAL = 2, 5, 6  # columns
+_HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "dead", "residual", "λ")
+_PATTERN, _DEAD, _RESIDUAL, _PENALTY = _OPTIONAL = 2, 5, 6, 7  # columns
 _NOTHING = "–"
 _MEANING = {  # of the sparsity, by phase
     "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
@@ -241,13 +287,14 @@ def _cells(layer: LayerSummary) -> tuple[str, ...]:
         layer.pattern or _NOTHING,
         "dense" if not layer.pattern and percent(layer.sparsity) == percent(0) else percent(layer.sparsity),
         f"{layer.kept:,}",
+        f"{layer.dead:,}" if layer.dead else _NOTHING,
         _NOTHING if layer.residual is None else f"{layer.residual:.4f}",
         _NOTHING if layer.penalty is None else f"{layer.penalty:.3g}",
     )
 
 
 def _total(name: str, kept: int, size: int, residual: str) -> tuple[str, ...]:
-    return (name, f"{size:,}", "", percent(1 - kept / max(1, size)), f"{kept:,}", residual, "")
+    return (name, f"{size:,}", "", percent(1 - kept / max(1, size)), f"{kept:,}", "", residual, "")
 
 
 def _without(

@@ -1,0 +1,58 @@
+"""The weights of a model that could be pruned: its parameters of two or more dimensions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .names import unwrapped_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+
+class Weight(NamedTuple):
+    """A parameter of two or more dimensions, and the first module that registers it."""
+
+    layer_name: str
+    layer: nn.Module
+    key: str
+    parameter: nn.Parameter
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer_name}.{self.key}" if self.layer_name else self.key
+
+
+def weights_of(model: nn.Module) -> Iterator[Weight]:
+    """Each once, in the order of ``named_parameters()``."""
+    seen: set[int] = set()
+    for layer_name, layer in unwrapped_modules(model):
+        for key, parameter in layer._parameters.items():
+            if parameter is not None and not is_lazy(parameter) and parameter.dim() > 1 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield Weight(layer_name, layer, key, parameter)
+
+
+def embedded(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of the parameters that embeddings own, also where a layer of another type shares them."""
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return {id(parameter) for module in embeddings for parameter in module._parameters.values()}
+
+
+def largest(weights: Sequence[Weight], size: int) -> tuple[str, list[str]]:
+    """The three largest in words, with their share of ``size`` weights; and the ``targets`` that would take them."""
+    three = sorted(weights, key=lambda weight: -weight.parameter.numel())[:3]
+    shares = [f"{one.name} ({type(one.layer).__name__}, {one.parameter.numel() / size:.0%})" for one in three]
+    targets = []
+    for kind in dict.fromkeys(type(one.layer) for one in three):
+        keys = list(dict.fromkeys(one.key for one in weights if type(one.layer) is kind))
+        targets.append(type_name(kind) if keys == ["weight"] else f"({type_name(kind)}, {keys})")
+    return ", ".join(shares), targets
+
+
+def type_name(kind: type) -> str:
+    """As a user writes it."""
+    return f"nn.{kind.__name__}" if getattr(nn, kind.__name__, None) is kind else kind.__name__
