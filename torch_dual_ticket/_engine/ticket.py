@@ -92,6 +92,7 @@ class Ticket:
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
         self._awaited: list[int | None] = [None]  # the number of the backward pass whose end is waited for
         self._hook: Callable[[Tensor], None] | None = None  # on the gradients
+        self.kept: Any = None  # where the kept weights are trained alone: it takes the gradients, and none is masked
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -157,6 +158,8 @@ class Ticket:
 
     def release(self) -> None:
         """Leave a plain model: no hook is left."""
+        if self.kept is not None:
+            self.kept.stop()
         self.is_released = True  # the switch: hooks that are still there do nothing
         self.stage = replace(self.stage, penalty=0.0)
         self._disconnect(self.parameters)
@@ -191,6 +194,8 @@ class Ticket:
             parameter.requires_grad_(True)
         self._hook = self._hook or _gradient_hook(self, self._awaited)
         managed.hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
+        if self.kept is not None:
+            self.kept.connect(managed, parameter)
         if is_frozen:
             parameter.requires_grad_(False)
         # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
@@ -220,6 +225,9 @@ class Ticket:
         need not be in the model at this moment.
         """
         self._awaited[0] = None
+        if self.kept is not None:
+            self.kept.gather_gradients()
+            return
         managed = self._managed or self.managed()  # forwards and updates have seen to it that these are the ones
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
@@ -229,6 +237,8 @@ class Ticket:
     @torch.no_grad()
     def mask_gradients(self, batch: Batch) -> None:
         """Set the gradients of the masked weights to zero, where that is not done yet."""
+        if self.kept is not None:
+            return
         update, masks = self._update, self.stage.masks
         grads: list[Tensor] = []
         kept: list[Tensor] = []
@@ -379,8 +389,10 @@ class Ticket:
             if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
                 self.connect(one, parameter)
 
-    def before_update(self, batch: Batch) -> None:
+    def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
+        if self.kept is not None:
+            self.kept.refuse(optimizer, batch)
         update = self._update
         missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
         for one, parameter in missed:
