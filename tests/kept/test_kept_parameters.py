@@ -145,7 +145,7 @@ def test_a_closure():
             loss.backward()
             return loss
 
-        for index in range(6):
+        for index in range(6):  # noqa: B007 - the closure reads it
             training.optimizer.step(closure)
 
     both(MOMENTUM, live)
@@ -499,7 +499,7 @@ def test_no_masks_in_force():
     rst.remove()
     with pytest.raises(RuntimeError, match="this RSTScheduler was removed"):
         KeptParameters(rst)
-    with pytest.raises(TypeError, match="takes an RSTScheduler, .* got Sequential"):
+    with pytest.raises(TypeError, match=r"takes an RSTScheduler, .* got Sequential"):
         KeptParameters(model)
 
 
@@ -521,7 +521,7 @@ def test_the_optimizer_of_before():
 def test_optimizers_that_look_at_shapes():
     training = Training(torch.optim.Adafactor, kept=True)
     training.backward(0)
-    with pytest.raises(RuntimeError, match="Adafactor looks at the shape of a weight.*such as AdamW"):
+    with pytest.raises(RuntimeError, match=r"Adafactor looks at the shape of a weight.*such as AdamW"):
         training.optimizer.step()
     assert not training.optimizer.state
     with pytest.raises(ValueError, match="Muon only supports 2D parameters"):  # torch says so itself

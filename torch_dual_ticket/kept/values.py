@@ -44,6 +44,7 @@ class KeptWeight(ManagedParameter):
         # The parameter's gradient after it was gathered: zeros that take no memory. zero_grad() of the model removes or
         # changes them, which no hook would tell.
         self._stand_in: Tensor | None = None
+        self._is_awaited = False  # a gradient is on its way
         self._hooks: tuple[Any, ...] = ()
 
     def tensor(self) -> Tensor:
@@ -104,18 +105,24 @@ class KeptWeight(ManagedParameter):
         parameter = self.source.tensor()
         if parameter is None:
             return
-        if not _is_gathered(parameter.grad):
+        if not self._is_gathered(parameter.grad):
             self._zeroed_with_model()
         elif self.values.grad is None:  # zeroed through the optimizer
             parameter.grad = None
         if self._has_stand_in(parameter):
             parameter.grad = None
+        self._is_awaited = True
 
     @torch.no_grad()
-    def gather_gradient(self, parameter: Tensor) -> None:
-        """Take over the parameter's gradient, if that was not done yet."""
+    def gather_gradient(self, parameter: Tensor, *, at_end: bool = False) -> None:
+        """Take over the parameter's gradient, if that was not done yet.
+
+        At the end of backward() other ranks may have changed it without a trace, even where this one has no part in it.
+        """
         grad, values = parameter.grad, self.values
-        if grad is None or _is_gathered(grad) or self._has_stand_in(parameter):
+        if grad is None or self._has_stand_in(parameter):
+            return
+        if self._is_gathered(grad) and not (at_end and values.grad is not None):
             return
         self.read(parameter)
         kept = self.pick(grad, parameter)
@@ -124,21 +131,24 @@ class KeptWeight(ManagedParameter):
         else:
             values.grad = kept if values.grad is None else values.grad.add_(kept)
             stays = parameter.grad = self._new_stand_in(parameter)
+        self._is_awaited = False
         note_treated([stays, values.grad], _GATHERED)
 
     def before_update(self, parameter: Tensor) -> None:
         """The values and their gradient are about to be used."""
         self.read(parameter)
         self.gather_gradient(parameter)
-        if parameter.grad is None:
+        grad, values = parameter.grad, self.values
+        if grad is None:
             self._zeroed_with_model()
-        elif not _is_gathered(parameter.grad) and self.values.grad is not None:  # a stand-in that was zeroed in place
-            self.values.grad.zero_()
-            note_treated([parameter.grad], _GATHERED)
+        elif not self._is_gathered(grad) and values.grad is not None:  # a stand-in that was zeroed in place
+            values.grad.zero_()
+            note_treated([grad], _GATHERED)
 
     def free_gradient(self, parameter: Tensor) -> None:
         """After an update; the values' gradient is still there, as an optimizer leaves it."""
         if parameter.grad is not None and not self._has_stand_in(parameter):
+            parameter.grad.__dict__.pop(MARK, None)  # a view of a bucket comes back
             parameter.grad = None
             if self.values.grad is not None:
                 self.values.grad.__dict__.pop(MARK, None)
@@ -161,6 +171,15 @@ class KeptWeight(ManagedParameter):
         scatter_(whole, self.index, values)
         return whole
 
+    def _is_gathered(self, grad: Tensor | None) -> bool:
+        """Whether the parameter's gradient was gathered, and has not changed since.
+
+        Views of a bucket of DistributedDataParallel share a version, which changes with the gradients of biases.
+        """
+        if grad is None or self._is_awaited or MARK not in grad.__dict__:
+            return False
+        return is_treated(grad, _GATHERED) or (grad._is_view() and grad is not self._stand_in)
+
     def _zeroed_with_model(self) -> None:
         grad = self.values.grad
         if grad is not None and MARK in grad.__dict__:  # others are not ours: somebody has assigned them
@@ -174,11 +193,6 @@ class KeptWeight(ManagedParameter):
         if known is None or known.dtype != parameter.dtype or known.device != parameter.device:
             self._stand_in = known = parameter.new_zeros(()).expand(parameter.shape)
         return known
-
-
-def _is_gathered(grad: Tensor | None) -> bool:
-    """Whether the gradient was gathered, and has not changed since."""
-    return grad is not None and is_treated(grad, _GATHERED)
 
 
 def _is_deferred() -> bool:
@@ -225,8 +239,9 @@ class KeptValues(Ticket):
             self.weights[managed.name].connect(parameter)
 
     def gather_gradients(self) -> None:
+        at_end = _is_deferred()
         for weight, parameter in self.sources():
-            weight.gather_gradient(parameter)
+            weight.gather_gradient(parameter, at_end=at_end)
 
     def refuse(self, optimizer: Optimizer | None, batch: Batch) -> None:
         raise RuntimeError(
