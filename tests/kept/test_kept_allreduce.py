@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from halves import SHAPE, sgd, uneven_mlp
 from models import assert_same, batch, finalize_quietly, make
-from ranks import everywhere, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_two_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -272,3 +272,20 @@ def test_a_copy_trains_as_a_whole():
     twin(batch(0, SHAPE)[0]).sum().backward()
     optimizer.step()
     assert torch.equal(twin.module[0].weight == 0, training.model.module[0].weight == 0)
+
+
+@needs_fsdp2
+@on_two_ranks
+def test_sharded_weights_are_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    model = make(uneven_mlp)
+    held = random_ticket(fully_shard(model), 0.6, seed=1)
+    with pytest.raises(RuntimeError, match=r"0\.weight is a DTensor.*FSDP2 and tensor parallelism"):
+        KeptParameters(held)
+    assert held._ticket.kept is None
+    model = make(uneven_mlp)
+    optimizer = adamw(KeptParameters(random_ticket(model, 0.6, seed=1)).parameters())
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match=r"0\.weight is a DTensor"):
+        optimizer.step()

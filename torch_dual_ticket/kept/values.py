@@ -76,8 +76,6 @@ class KeptWeight(ManagedParameter):
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def connect(self, parameter: Tensor) -> None:
-        from torch._dynamo.decorators import skip  # not at import, where it loads the compiler
-
         def before(_: Tensor) -> None:
             self.before_gradient()
 
@@ -87,9 +85,10 @@ class KeptWeight(ManagedParameter):
 
         self.disconnect()
         source: Any = parameter  # torch has no types for these
+        uncompiled: Any = torch.compiler.disable  # a compiled training step would trace into them
         self._hooks = (
-            source.register_hook(skip(before)),
-            source.register_post_accumulate_grad_hook(skip(after)),
+            source.register_hook(uncompiled(before)),
+            source.register_post_accumulate_grad_hook(uncompiled(after)),
         )
         # As the engine does for its own hook: swap_tensors disconnects them, and setting them connects them again.
         source._backward_hooks = source._backward_hooks
@@ -231,6 +230,7 @@ class KeptValues(Ticket):
             weight.give_back(parameter)
         if ticket is not None and ticket.kept is self:
             ticket.kept = None
+            ticket.mask_gradients(ticket.managed())
 
     # -- what the source's ticket calls --------------------------------------------------------------------------------
 
