@@ -53,11 +53,12 @@ class Training:
         x, y = (part.chunk(2)[dist.get_rank()] for part in batch(index, SHAPE))
         nn.functional.cross_entropy(self.model(x), y).backward()
 
-    def updates(self, *indices, micro_batches=1, clip=None):
+    def updates(self, *indices, micro_batches=1, clip=None, syncs_all=False):
         for index in indices:
             self.optimizer.zero_grad()
             for micro in range(micro_batches):
-                with self.model.no_sync() if micro < micro_batches - 1 else contextlib.nullcontext():
+                syncs = syncs_all or micro == micro_batches - 1
+                with contextlib.nullcontext() if syncs else self.model.no_sync():
                     self.backward(10 * index + micro)
             if clip:
                 clip_grad_norm_(self.parameters(), clip)
@@ -121,11 +122,11 @@ class Detour(nn.Module):
 
 
 @every_way
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("micro_batches", [{}, {"micro_batches": 3}, {"micro_batches": 3, "syncs_all": True}])
 @pytest.mark.parametrize("options", ["find_unused", "find_unused_bucket_views"])
 @on_two_ranks
 def test_layers_that_a_rank_does_not_use(options, micro_batches, way):
-    alike(way, options, lambda training: training.updates(*range(6), micro_batches=micro_batches), build=Detour)
+    alike(way, options, lambda training: training.updates(*range(6), **micro_batches), build=Detour)
 
 
 @every_way
