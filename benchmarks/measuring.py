@@ -94,7 +94,8 @@ def as_if_alone(step: Callable[[], Result], rst: RSTScheduler | None) -> Callabl
     the library had not been imported.
     """
 
-    mine = () if rst is None else (weakref.ref(rst._ticket),)  # one tuple: another one would be looked through anew
+    tickets = () if rst is None else (rst._ticket, rst._ticket.kept)
+    mine = tuple(weakref.ref(one) for one in tickets if one is not None)  # once: another tuple would be looked through
 
     def alone() -> Result:
         everybody, optimizer_hooks._tickets = optimizer_hooks._tickets, mine

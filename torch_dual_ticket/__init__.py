@@ -9,7 +9,7 @@ from .scheduler import RSTScheduler, release
 __version__ = "0.1.0"
 __all__ = ["RSTScheduler", "RandomUnstructured", "random_unstructured", "release"]
 
-_SATELLITES = ("baselines", "callbacks", "deploy", "export", "report")
+_SATELLITES = ("baselines", "callbacks", "deploy", "export", "kept", "report")
 
 
 def __getattr__(name: str) -> Any:

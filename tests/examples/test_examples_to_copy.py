@@ -21,6 +21,7 @@ SHORT = [
     "ddp",
     "fsdp2",
     "huggingface_trainer",
+    "kept_transformer",
     "lightning_trainer",
     "resume",
     "transformer_adamw",
@@ -144,4 +145,16 @@ def test_two_processes(tmp_path, name):
     assert_pruned(read_ticket(tmp_path / f"{name}.safetensors"), DIGITS_LAYERS, 0.8)
     assert accuracy_in(result.stdout) > 88
     assert result.stdout.count("2.weight") == 1, "one rank prints"
+    assert "still held" not in result.stderr
+
+
+def test_kept_weights_on_two_processes(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = [*launch, str(EXAMPLES / "kept_transformer.py")]
+    result = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    before, after = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{6,}(?= )", result.stdout)[-2:])
+    assert 0.1 < after / before < 0.2
+    assert accuracy_in(result.stdout) > 80
     assert "still held" not in result.stderr

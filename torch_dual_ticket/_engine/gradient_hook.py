@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.autograd import Variable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -36,16 +37,9 @@ class GradientHook:
         """Returns the handle of the hook; None for a parameter that never has a gradient."""
         if parameter.is_inference():
             return None
-        is_frozen = not parameter.requires_grad
-        if is_frozen:  # it may thaw, and torch takes no hook before that
-            parameter.requires_grad_(True)
         self._hook = self._hook or self._function()
-        handle = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
-        if is_frozen:
-            parameter.requires_grad_(False)
-        # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
-        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
-        return handle
+        with taking_hooks(parameter):
+            return parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
 
     def _function(self) -> Callable[[Tensor], None]:
         """What torch calls for each gradient: kept short."""
@@ -77,6 +71,20 @@ class GradientHook:
         self._awaited = None
         if (mask := self._mask()) is not None:
             mask(None)
+
+
+@contextmanager
+def taking_hooks(parameter: Tensor) -> Iterator[None]:
+    """Hooks that are registered within come with the parameter, whatever becomes of it."""
+    is_frozen = not parameter.requires_grad
+    if is_frozen:  # it may thaw, and torch takes no hook before that
+        parameter.requires_grad_(True)
+    yield
+    if is_frozen:
+        parameter.requires_grad_(False)
+    # swap_tensors leaves the hooks where they are, but disconnects them: setting them connects them again.
+    parameter._backward_hooks = parameter._backward_hooks
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
 
 @cache

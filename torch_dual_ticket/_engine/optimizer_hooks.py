@@ -171,7 +171,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     found = _find(optimizer)
     for ticket, held in found:
         if ticket.holds:
-            ticket.before_update(held)
+            ticket.before_update(held, optimizer)
     to_penalize = _to_penalize(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
         for ticket, _ in to_penalize:
@@ -199,7 +199,7 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
         loss = closure()
         for ticket, held in found:
             if ticket.holds:
-                ticket.before_update(held)
+                ticket.before_update(held, optimizer)
         for ticket, held in _to_penalize(_find(optimizer), optimizer):
             # But for what the closure has penalized itself: it may be that of a step around this one, handed down.
             penalized = ticket.penalize(held, optimizer, after=before.get(id(ticket), ticket.serial))

@@ -87,6 +87,7 @@ class Ticket:
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
         self._gradient_hook = GradientHook(self._on_gradients)
+        self.kept: Any = None  # where the kept weights are trained alone: it takes the gradients, and none is masked
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -153,6 +154,8 @@ class Ticket:
 
     def release(self) -> None:
         """Leave a plain model: no hook is left."""
+        if self.kept is not None:
+            self.kept.stop()
         self.is_released = True  # the switch: hooks that are still there do nothing
         self.stage = replace(self.stage, penalty=0.0)
         for managed in self.parameters:
@@ -181,6 +184,8 @@ class Ticket:
         """Mask the gradients of this tensor at the end of each backward pass, before clipping looks at them."""
         managed.disconnect()
         managed.hook = self._gradient_hook.register(parameter)
+        if self.kept is not None:
+            self.kept.connect(managed, parameter)
 
     def _on_gradients(self, parameter: Tensor | None) -> None:
         """Mask the gradient of this parameter; at the end of a backward pass, for None, all of them.
@@ -193,6 +198,9 @@ class Ticket:
         if parameter is not None:
             self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
             return
+        if self.kept is not None:
+            self.kept.gather_gradients()
+            return
         managed = self._managed or self.managed()  # as forwards and updates have last seen them
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
@@ -202,6 +210,8 @@ class Ticket:
     @torch.no_grad()
     def mask_gradients(self, batch: Batch) -> None:
         """Set the gradients of the masked weights to zero, where that is not done yet."""
+        if self.kept is not None:
+            return
         update, masks = self._update, self.stage.masks
         grads: list[Tensor] = []
         kept: list[Tensor] = []
@@ -344,8 +354,10 @@ class Ticket:
             if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
                 self.connect(one, parameter)
 
-    def before_update(self, batch: Batch) -> None:
+    def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
+        if self.kept is not None:
+            self.kept.refuse(optimizer, batch)
         update = self._update
         missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
         for one, parameter in missed:

@@ -47,6 +47,10 @@ class MaskCache:
             return ((*tensors, self.whole(mask, parameter, weight, holds=holds)),)
         return self._parts(mask, parameter, weight, *tensors, holds=holds)
 
+    def drop(self) -> None:
+        """Free the mask where none is needed for long; it is drawn again when it is."""
+        self._cached = None
+
     def is_stored_for(self, weight: Tensor) -> bool:
         """Small masks always are: they take next to nothing."""
         return self._stored or weight.numel() <= kernels.SMALL
