@@ -119,7 +119,7 @@ class Target:
                 f"{name}, of which it is not known which dimension holds the inputs. If it is dimension 1 of"
                 f" {self.shape}, say so with targets=(…, ({name}, {first.tensor_name!r}, 1))"
             )
-        if kind != "n:m" and first.given_input_dim is not None and len(self.shape) > 2:
+        if kind != "n:m" and len(self.shape) > 2 and self.input_dim != input_dim_of(first.layer):
             return f"{name}: of the {len(self.shape)} dimensions of its weight only that of the inputs is known"
         return None
 
@@ -364,10 +364,10 @@ def check_parameter(target: Target) -> None:
             f"{name} has dtype {parameter.dtype}; only floating-point and complex weights can be pruned. Leave the"
             f" layer out with {leave_out}."
         )
-    if not -parameter.dim() <= (target.occurrences[0].given_input_dim or 0) < max(1, parameter.dim()):
+    given = target.occurrences[0].given_input_dim
+    if given is not None and not -parameter.dim() <= given < parameter.dim():
         raise ValueError(
-            f"targets: {target.occurrences[0].given_input_dim} is given as the dimension of the inputs of {name}, whose"
-            f" shape is {target.shape}"
+            f"targets: {given} is given as the dimension of the inputs of {name}, whose shape is {target.shape}"
         )
     if parameter.is_conj():
         raise ValueError(
