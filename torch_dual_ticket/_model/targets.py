@@ -124,16 +124,13 @@ class Target:
         return None
 
 
-def find_targets(
-    model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str], *, tied_to_embeddings: bool = False
-) -> list[Target]:
+def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str]) -> list[Target]:
     """The parameters to prune, in the order and with the names of ``named_parameters()`` of the unwrapped model.
 
     ``types`` are module types, whose ``weight`` is taken, or pairs of a module type and an :mod:`fnmatch` pattern of
     parameter names, or several: ``(nn.LSTM, "weight_*")``; a third part is the dimension of the inputs. ``exclude`` are
     fnmatch patterns of module names; a module's name stands for everything below it too. A tied parameter is excluded
-    with any of its owners; with the default types, one that an embedding owns too is left out, unless
-    ``tied_to_embeddings``.
+    with any of its owners; with the default types, one that an embedding owns too is left out.
 
     Raises:
         TypeError: an entry of ``types`` or ``exclude`` of the wrong kind.
@@ -169,7 +166,7 @@ def find_targets(
     excluded = {  # a parameter of an excluded layer may be tied to one of an included layer
         id(parameter) for name in modules.keys() - included.keys() for parameter in modules[name]._parameters.values()
     }
-    if types is DEFAULT_TARGETS and not tied_to_embeddings:
+    if types is DEFAULT_TARGETS:
         excluded |= embedded(modules.values())
     targets = [found[key] for key in first_names if key in found and key not in excluded]
     if not targets:
