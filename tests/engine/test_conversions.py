@@ -599,6 +599,9 @@ def test_weights_that_become_another_kind_of_tensor(copied):
         ):
             model(x)
         assert [layer.pattern for layer in summary(model).layers] == [""] * 3  # it can be looked at
+    if not copied:
+        with pytest.raises(RuntimeError, match="has become a Quantized"):
+            rst.residual()
     release(model)
     model(x)
     zeros = [int((model[index].weight.codes == 0).sum()) for index in (0, 2, 4)]

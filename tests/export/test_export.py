@@ -26,6 +26,7 @@ from torch_dual_ticket.export import checksum, load_ticket, read_ticket, save_ti
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 complex_modules_are_meant = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+pytestmark = pytest.mark.filterwarnings("ignore:pattern='filter' masks")  # of the last layer, too
 PATTERNS = [("unstructured", 0.9), ("2:4", None), ("1:4", None), ("block:4x2", 0.5), ("filter", 0.5), ("channel", 0.5)]
 
 

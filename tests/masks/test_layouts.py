@@ -9,6 +9,7 @@ from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import magnitude_masks, random_ticket
 from torch_dual_ticket.export import load_ticket, save_ticket
 from torch_dual_ticket.masks import SeededMask
+from torch_dual_ticket.masks.records import as_record
 
 
 class InOut(nn.Module):
@@ -94,6 +95,9 @@ def test_ticket_files_say_the_layout(tmp_path):
     load_ticket(tmp_path / "ticket.safetensors", again)
     assert torch.equal(again.up, model.up)
     assert kept_of_four(again.up != 0, 2) == {2}
+    assert as_record(SeededMask(0, "up", (3, 8, 12), 144, "2:4", input_dim=2))["input_dim"] == 2
+    record = as_record(SeededMask(0, "up", (3, 8, 12), 144, "2:4"))
+    assert "input_dim" not in record  # so that earlier releases read the files of layers that they know
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "filter", "channel"])

@@ -181,7 +181,7 @@ def test_dead_units_are_counted(manage):
     if manage is hold:
         masks = dict(held.masks)
         held.remove()
-        held = hold(model, masks, targets=targets)
+        held = hold(model, masks)
     elif manage is RSTScheduler:
         held.remove()
         held = RSTScheduler(model, 0.97, seed=0, targets=targets)

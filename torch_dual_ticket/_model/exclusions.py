@@ -32,6 +32,8 @@ def exclusions_for(unwanted: Collection[str], wanted: Collection[str]) -> list[s
     ['stage.0', 'stem']
     >>> exclusions_for(["layers.0.q.base", "layers.1.q.base"], ["layers.0.q.lora", "layers.1.q.lora"])
     ['*.base']
+    >>> exclusions_for(["a.q", "b.q"], ["a.q.lora", "b.q.lora"])  # a layer can only be excluded with those in it
+    ['a.q', 'b.q']
     """
     covered: dict[str, set[str]] = {}
     for layer in unwanted:
@@ -47,7 +49,7 @@ def exclusions_for(unwanted: Collection[str], wanted: Collection[str]) -> list[s
             break
         rest -= covered[best]
         chosen.append(best)
-    return [*chosen, *sorted(map(escape, rest))]  # a layer that contains a wanted one can only be excluded with it
+    return [*chosen, *sorted(map(escape, rest))]
 
 
 def _lineage(layer_name: str) -> list[str]:

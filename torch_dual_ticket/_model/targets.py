@@ -119,21 +119,18 @@ class Target:
                 f"{name}, of which it is not known which dimension holds the inputs. If it is dimension 1 of"
                 f" {self.shape}, say so with targets=(…, ({name}, {first.tensor_name!r}, 1))"
             )
-        if kind != "n:m" and first.given_input_dim is not None and len(self.shape) > 2:
+        if kind != "n:m" and len(self.shape) > 2 and self.input_dim != input_dim_of(first.layer):
             return f"{name}: of the {len(self.shape)} dimensions of its weight only that of the inputs is known"
         return None
 
 
-def find_targets(
-    model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str], *, tied_to_embeddings: bool = False
-) -> list[Target]:
+def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequence[str]) -> list[Target]:
     """The parameters to prune, in the order and with the names of ``named_parameters()`` of the unwrapped model.
 
     ``types`` are module types, whose ``weight`` is taken, or pairs of a module type and an :mod:`fnmatch` pattern of
     parameter names, or several: ``(nn.LSTM, "weight_*")``; a third part is the dimension of the inputs. ``exclude`` are
     fnmatch patterns of module names; a module's name stands for everything below it too. A tied parameter is excluded
-    with any of its owners; with the default types, one that an embedding owns too is left out, unless
-    ``tied_to_embeddings``.
+    with any of its owners; with the default types, one that an embedding owns too is left out.
 
     Raises:
         TypeError: an entry of ``types`` or ``exclude`` of the wrong kind.
@@ -169,7 +166,7 @@ def find_targets(
     excluded = {  # a parameter of an excluded layer may be tied to one of an included layer
         id(parameter) for name in modules.keys() - included.keys() for parameter in modules[name]._parameters.values()
     }
-    if types is DEFAULT_TARGETS and not tied_to_embeddings:
+    if types is DEFAULT_TARGETS:
         excluded |= embedded(modules.values())
     targets = [found[key] for key in first_names if key in found and key not in excluded]
     if not targets:
@@ -364,10 +361,10 @@ def check_parameter(target: Target) -> None:
             f"{name} has dtype {parameter.dtype}; only floating-point and complex weights can be pruned. Leave the"
             f" layer out with {leave_out}."
         )
-    if not -parameter.dim() <= (target.occurrences[0].given_input_dim or 0) < max(1, parameter.dim()):
+    given = target.occurrences[0].given_input_dim
+    if given is not None and not -parameter.dim() <= given < parameter.dim():
         raise ValueError(
-            f"targets: {target.occurrences[0].given_input_dim} is given as the dimension of the inputs of {name}, whose"
-            f" shape is {target.shape}"
+            f"targets: {given} is given as the dimension of the inputs of {name}, whose shape is {target.shape}"
         )
     if parameter.is_conj():
         raise ValueError(

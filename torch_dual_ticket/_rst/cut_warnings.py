@@ -37,12 +37,12 @@ def warn_of_constant_outputs(model: nn.Module, targets: Sequence[Target], masks:
     That is the one that the model registers last, if no layer has as many inputs as it has outputs: where one has, the
     model may be a backbone, or have registered its head first.
     """
-    *others, end = weights_of(model)
-    last = next((target for target in targets if target.parameter is end.parameter), None)
+    weights = list(weights_of(model))
+    last = next((target for target in targets if weights and target.parameter is weights[-1].parameter), None)
     mask = None if last is None else masks[last.name]
     if last is None or not isinstance(mask, SeededMask) or mask.pattern != "filter" or not mask.pruned:
         return
-    inputs = [(one.parameter.shape, input_dim_of(one.layer)) for one in others]
+    inputs = [(one.parameter.shape, input_dim_of(one.layer)) for one in weights[:-1]]
     if not any(dim is not None and shape[dim] == mask.units for shape, dim in inputs):
         warnings.warn(
             f"pattern='filter' masks {mask.pruned} of the {mask.units} outputs of {last.layer_name or 'the model'}: if"
