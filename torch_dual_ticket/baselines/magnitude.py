@@ -130,7 +130,7 @@ def remove_smallest(
             magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -math.inf)
         if parsed.kind == "n:m":
             stay = _largest_of_groups(magnitude, parsed.first, parsed.second, input_dim(target.transposed))
-            masks[name] = stay | _largest(magnitude.masked_fill(stay, math.inf), counts[name])
+            masks[name] = stay.masked_scatter(~stay, _largest(magnitude[~stay], counts[name]))
         elif ALL in counts:
             magnitudes[name] = magnitude
         else:
