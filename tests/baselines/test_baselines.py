@@ -261,7 +261,10 @@ def test_weight_norm_masks_the_direction_but_may_not_empty_it():
     with pytest.raises(ValueError, match="whole slice"):
         hold(model, {name: torch.zeros(3, 4, dtype=torch.bool)})
     assert all(map(torch.equal, model.state_dict().values(), before.values()))
-    hold(model, {name: mask})
+    held = hold(model, {name: mask})
+    assert torch.equal(model[0].weight == 0, ~mask)
+    with pytest.raises(ValueError, match="whole slice"):
+        held.set_masks({name: torch.zeros(3, 4)})
     assert torch.equal(model[0].weight == 0, ~mask)
 
 

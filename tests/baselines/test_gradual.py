@@ -137,6 +137,21 @@ def test_scores_are_asked_for_each_time():
     assert all(torch.equal(pruning.masks[name], mask) for name, mask in expected.items())
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_what_is_chosen_stays_chosen_whatever_the_scores_say_later(distribution):
+    model = make(mlp)
+    options = {"intervals": 5, "distribution": distribution}
+    pruning = GradualPruning(
+        model, 0.8, 10, scores=lambda model: {n: -torch.rand_like(w) for n, w in targets_of(model).items()}, **options
+    )
+    optimizer, before = sgd(model), {}
+    for index in range(8):
+        train(model, pruning, 1, optimizer, first=index)
+        assert not any((mask & ~before.get(name, mask)).any() for name, mask in pruning.masks.items())
+        before = dict(pruning.masks)
+    assert pruning.sparsity == pytest.approx(0.8, abs=0.01)
+
+
 @pytest.mark.parametrize("max_penalty", [4.0, 0.0])
 @pytest.mark.parametrize("stop", [0, 2, 3, 7, 12, 20, 24, 27])
 def test_a_restart_at_any_time(stop, max_penalty):

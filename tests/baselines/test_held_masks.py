@@ -159,8 +159,12 @@ def test_a_model_without_zeros_and_one_with_a_layer_of_zeros():
 
 def test_frozen_parameters_may_be_held_and_integers_not():
     model = make(mlp).requires_grad_(False)
-    masks = masks_of(model)
-    hold(model, masks)
+    held = hold(model, masks_of(model))
+    masks = masks_of(model, seed=1, density=0.3)
+    held.set_masks(masks)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).add_(mask)
     assert all(torch.equal(model.get_parameter(name) == 0, ~mask) for name, mask in masks.items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     quantized = nn.Linear(2, 2)
@@ -253,6 +257,8 @@ def test_a_lottery_ticket_goes_on_where_it_was(rounds_before):
     other_optimizer = sgd(other)
     for thing, state in zip((again, other, other_optimizer), saved, strict=True):
         thing.load_state_dict(state)
+    for value in saved[0]["origin"].values():
+        value.zero_()  # it is the caller's
     assert again.round == rounds_before
     for trained, its, its_optimizer in ((model, ticket, optimizer), (other, again, other_optimizer)):
         round_of(trained, its, its_optimizer)

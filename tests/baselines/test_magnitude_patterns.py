@@ -89,8 +89,16 @@ def test_scores_are_compared_in_place_of_magnitudes(pattern):
         given = {name: score.view(weights[name].shape) for name, score in given.items()} | {"other": None}
         masks = magnitude_masks(model, scores=given, **options)
         assert all(torch.equal(masks[name], expected[name]) for name in weights)
-    reverse = magnitude_masks(model, scores={name: -score for name, score in scores.items()}, within=masks, **options)
-    assert all(torch.equal(reverse[name], expected[name]) for name in weights)
+    reverse = magnitude_masks(model, scores={name: -score for name, score in scores.items()}, **options)
+    assert not any(torch.equal(reverse[name], expected[name]) for name in weights)
+    again = magnitude_masks(model, scores=scores, within=reverse, **options)
+    assert all(torch.equal(again[name], reverse[name]) for name in weights)
+
+
+def test_two_of_four_stay_of_infinite_weights_too():
+    layer = nn.Linear(8, 2)
+    nn.init.constant_(layer.weight, torch.inf)
+    assert (magnitude_masks(layer, pattern="2:4")["weight"].view(-1, 4).sum(1) == 2).all()
 
 
 def flattened(scores):

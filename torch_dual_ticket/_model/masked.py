@@ -41,7 +41,7 @@ def find_masked(
         frozen: whether parameters may be frozen.
 
     Raises:
-        TypeError, ValueError: a mask that is none, or does not belong to a parameter that can be pruned.
+        TypeError, ValueError: what is not a mask, or does not belong to a parameter that can be pruned.
     """
     check_model(model)
     if not isinstance(masks, Mapping):

@@ -101,7 +101,7 @@ class ManagedMasks:
         """Those that apply now, but for parameters that were taken out of the ticket."""
         return {name: mask for name, mask in self._ticket.stage.masks.items() if name not in self._ticket.detached}
 
-    def _checked(self, masks: Mapping[str, Tensor]) -> dict[str, Mask]:
+    def _checked(self, masks: Mapping[str, Tensor]) -> Mapping[str, Mask]:
         """Other masks for the same parameters, which all ranks have been given. Changes nothing."""
         mine = self._masks()
         if not self._ticket.parameters:
@@ -118,7 +118,7 @@ class ManagedMasks:
         found, explicit = find_masked(self._model, masks, frozen=True)
         check_directions(found, explicit)
         agree_on_masks(explicit, self._model)
-        return {**self._ticket.stage.masks, **explicit}
+        return explicit
 
 
 class MaskView(Mapping[str, Tensor]):

@@ -57,7 +57,7 @@ class HeldMasks(ManagedMasks):
 
     def _hold(self, masks: Mapping[str, Mask]) -> None:
         self._ticket.reshard()
-        self._ticket.hold_zeros(masks, self._steps, self._ticket.stage.report)
+        self._ticket.hold_zeros(masks)
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, for a checkpoint: a byte for eight weights, or the seed of a random ticket."""

@@ -131,7 +131,7 @@ def remove_smallest(
         if parsed.kind == "n:m":
             assert target.input_dim is not None  # the plan needs it too
             stay = _largest_of_groups(magnitude, parsed.first, parsed.second, target.input_dim)
-            masks[name] = stay | _largest(magnitude.masked_fill(stay, math.inf), counts[name])
+            masks[name] = stay.masked_scatter(~stay, _largest(magnitude[~stay], counts[name]))
         elif ALL_LAYERS in counts:
             magnitudes[name] = magnitude
         else:
