@@ -21,7 +21,7 @@ from measuring import (
     spread,
     table,
 )
-from networks import NETWORKS
+from networks import FOR_GPUS, NETWORKS
 from torch.nn.utils import prune
 
 from torch_dual_ticket import RSTScheduler
@@ -85,11 +85,14 @@ def excluded(network):
     return ["*.out_proj"] if network.startswith("Transformer") else []
 
 
-def make_step(way, network, batch, optimizer_name, compiled, device):
-    build, shape = NETWORKS[network]
+def make_step(way, network, batch, optimizer_name, compiled, device, autocast=None):
+    """One step; with a dtype for autocast also in channels_last, in which convolutions of that dtype are fastest."""
+    build, shape = (NETWORKS | FOR_GPUS)[network]
     torch.manual_seed(0)
     model = build().to(device)
     x, y = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
+    if autocast and x.dim() == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     rst, penalized = None, []
     if way != "dense":
@@ -111,7 +114,8 @@ def make_step(way, network, batch, optimizer_name, compiled, device):
 
     def step():
         optimizer.zero_grad()
-        loss = F.cross_entropy(forward(x), y)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(forward(x), y)
         if penalized:
             loss = loss + 0.5e-4 * sum((weight * mask).square().sum() for weight, mask in penalized)
         loss.backward()
@@ -127,9 +131,9 @@ def make_step(way, network, batch, optimizer_name, compiled, device):
     return as_if_alone(step, rst)
 
 
-def memory_of(way, network, batch, optimizer, compiled, options):
+def memory_of(way, network, batch, optimizer, compiled, options, autocast=None):
     torch.set_num_threads(options.threads)
-    step = make_step(way, network, batch, optimizer, compiled, options.device)
+    step = make_step(way, network, batch, optimizer, compiled, options.device, autocast)
     for _ in range(2):  # the second has the optimizer's state
         step()
     return peak_memory(options.device)
