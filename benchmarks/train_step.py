@@ -99,7 +99,7 @@ def make_step(way, network, batch, optimizer_name, compiled, device, autocast=No
         stored = way not in SEED_ALONE
         rst = RSTScheduler(model, sparsity=0.9, seed=0, exclude=excluded(network), store_masks=stored)
     if way == "torch.nn.utils.prune":
-        masks = dict(rst.masks)
+        masks = masks_as_weights_lie(model, rst)
         rst.remove()
         for name, kept in masks.items():
             layer = model.get_submodule(name.removesuffix(".weight"))
@@ -107,7 +107,10 @@ def make_step(way, network, batch, optimizer_name, compiled, device, autocast=No
             next(iter(layer._forward_pre_hooks.values())).mask = None  # a copy that other methods do not keep
         rst = None
     elif way == "term of the loss":
-        penalized = [(model.get_parameter(name), (~kept).to(torch.float32)) for name, kept in rst.masks.items()]
+        penalized = [
+            (model.get_parameter(name), (~kept).to(torch.float32))
+            for name, kept in masks_as_weights_lie(model, rst).items()
+        ]
         rst.remove()
         rst = None
     forward = torch.compile(model) if compiled else model
@@ -129,6 +132,12 @@ def make_step(way, network, batch, optimizer_name, compiled, device, autocast=No
             warnings.simplefilter("ignore")
             rst.finalize()
     return as_if_alone(step, rst)
+
+
+def masks_as_weights_lie(model, rst):
+    """In the same order in memory, which is the fastest for all."""
+    weights = {name: model.get_parameter(name) for name in rst.masks}
+    return {name: torch.empty_like(weights[name], dtype=torch.bool).copy_(kept) for name, kept in rst.masks.items()}
 
 
 def memory_of(way, network, batch, optimizer, compiled, options, autocast=None):
