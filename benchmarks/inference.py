@@ -69,9 +69,7 @@ def converts(layer):
 def semi_structured(options):
     rows = []
     for outputs, inputs in ((1024, 1024), (4096, 1024), (4096, 4096), (8192, 8192)):
-        layer = nn.Linear(inputs, outputs).half().to(options.device)
-        random_ticket(layer, pattern="2:4", seed=0).remove()
-        fast = to_semi_structured(layer)
+        layer, fast = two_to_four(inputs, outputs, options.device)
         for batch in (1, 64, 1024, 8192):
             x = torch.randn(batch, inputs, dtype=torch.half, device=options.device)
             candidates = alike({"dense": layer, "2:4": fast}, x)
@@ -79,6 +77,13 @@ def semi_structured(options):
             rows.append([f"{inputs} -> {outputs}", str(batch), spread(result["2:4"])])
     print("Linear layers of 2:4 tickets as semi-structured weights, float16.\n")
     print(table(["layer", "rows", "time relative to dense"], rows), end="\n\n")
+
+
+def two_to_four(inputs, outputs, device):
+    """The layer of a 2:4 ticket, and the same with semi-structured weights."""
+    layer = nn.Linear(inputs, outputs).half().to(device)
+    random_ticket(layer, pattern="2:4", seed=0).remove()
+    return layer, to_semi_structured(layer)
 
 
 def shrunk(options):

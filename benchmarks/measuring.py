@@ -33,14 +33,21 @@ Result = TypeVar("Result")
 
 
 def arguments(
-    description: str | None, rounds: int = 15, threads: int | None = None, **flags: str
+    description: str | None,
+    rounds: int = 15,
+    threads: int | None = None,
+    device: str = "cpu",
+    parts: Sequence[str] = (),
+    **flags: str,
 ) -> argparse.Namespace:
-    """The options that all benchmarks have, and further flags with their help."""
+    """The options that all benchmarks have, the parts of one that has several, and further flags with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", default=device, help="where to run, such as cpu or cuda (default: %(default)s)")
     threads = threads or torch.get_num_threads()
     parser.add_argument("--threads", type=int, default=threads, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate (default: %(default)s)")
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="default: all")
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.parse_args()

@@ -69,8 +69,19 @@ class Transformer(nn.Module):
         return self.head(self.encoder(x).mean(1))
 
 
+def resnet_for_large_images() -> nn.Module:
+    """ResNet-50 with the stem that quarters height and width."""
+    model = resnet(Bottleneck, [64, 128, 256, 512], [3, 4, 6, 3], 64, 4)
+    model[0] = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+    return model.insert(3, nn.MaxPool2d(3, 2, padding=1))
+
+
 NETWORKS = {
     "ResNet-20": (lambda: resnet(BasicBlock, [16, 32, 64], [3, 3, 3], 16, 1), (3, 32, 32)),
     "ResNet-50": (lambda: resnet(Bottleneck, [64, 128, 256, 512], [3, 4, 6, 3], 64, 4), (3, 32, 32)),
     "Transformer-12": (Transformer, (32, 256)),
+}
+FOR_GPUS = {
+    "ResNet-50, 224²": (resnet_for_large_images, (3, 224, 224)),
+    "Transformer-12, 768": (lambda: Transformer(768, heads=12, feedforward=3072), (128, 768)),
 }

@@ -35,8 +35,8 @@ def main() -> None:
     print(f"\n{machine(options)}; 90 % of the weights masked; float32.")
 
 
-def ways(size, device, *, all_of_them):
-    weight, grad = torch.randn(size, device=device), torch.randn(size, device=device)
+def ways(size, device, *, all_of_them, dtype=torch.float32):
+    weight, grad = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
     pruned = SeededMask(0, "weight", (size,), round(0.9 * size)).draw(device=device).logical_not_()
     narrow = pruned.to(torch.uint8)
     candidates = {

@@ -31,6 +31,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+DECAYS = {
+    "cosine": "rise for 5 % and then fall along a cosine",
+    "steps": "fall to a tenth after a half and after three quarters,",
+}
+
+
+class TimeIsUpError(Exception):
+    """Runs are missing that no time is left for."""
+
+
 @dataclass
 class Comparison:
     """Which runs there are, and what is known of them."""
@@ -58,6 +69,7 @@ class Comparison:
     options: argparse.Namespace
     records: Records
     progress: ProgressBar
+    deadline: float = float("inf")  # on the monotonic clock; no run begins later
 
     def cells(self) -> list[Cell]:
         """One for each row of the table; learning rates and seeds come later."""
@@ -85,6 +97,8 @@ class Comparison:
                 optimizer=o.optimizer or "",
                 recalibrate=o.recalibrate,
                 anneal=o.anneal,
+                decay=o.decay,
+                weight_decay=o.weight_decay,
                 pixels=o.pixels,
                 autocast=o.autocast,
                 compile=o.compile,
@@ -140,9 +154,12 @@ class Comparison:
         self.progress.skip((len(cells) - len(missing)) * self.options.updates)
         engine = choose(self.options.engine, self.options.jobs)
         if missing:
-            for cell, result in engine(missing, self.options.data_dir, self.options.device, self.progress.advance):
+            in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, missing)
+            for cell, result in engine(in_time, self.options.data_dir, self.options.device, self.progress.advance):
                 self.records.add(cell, result)
                 self.progress.say(cell, result)
+        if not all(cell in self.records.results for cell in cells):
+            raise TimeIsUpError
         return {cell: self.records.results[cell] for cell in cells}
 
 
@@ -157,6 +174,7 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
         "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
     )
     delayed = f", after the first {options.delay:.0%} of the search" if options.delay else ""
+    decayed = "" if options.weight_decay is None else f", weight decay {options.weight_decay:g}"
     pattern = "" if options.pattern == "unstructured" else f", {options.pattern} along the input dimension"
     anew = f" on {options.recalibrate} training batches" if options.recalibrate else ", not measured anew"
     return f"""# {options.model} on {options.data}
@@ -165,10 +183,10 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 
 - Budget: {options.updates:,} updates of batch {options.batch} for every run; methods that search for a ticket spend
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
-- Learning rates rise for 5 % and then fall along a cosine {again}.
+- Learning rates {DECAYS[options.decay]} {again}.
 - Data: {sizes}{pixels}.
 - Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
-- Optimizer: {options.optimizer or MODELS[options.model].optimizer}. BatchNorm after a mask: statistics{anew}.
+- Optimizer: {options.optimizer or MODELS[options.model].optimizer}{decayed}. BatchNorm after a mask: statistics{anew}.
 - GMP prunes {GMP_INTERVALS} times{delayed}; until its last mask its weights count as dense.
 - RST: penalty {" and ".join(options.schedules)}, up to {" and ".join(f"{p:g}" for p in options.max_penalties)}, and at
   its ceiling for the last {options.hold:.0%} of a cycle{delayed}. Residual: the share of the norm that
@@ -187,6 +205,7 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = parse(__doc__, argv)
     command = ["python", "examples/compare_tickets.py", *(sys.argv[1:] if argv is None else argv)]
+    deadline = time.monotonic() + 60 * options.minutes
     is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_distributed:
         if options.device.type == "cuda":
@@ -201,7 +220,11 @@ def main(argv: list[str] | None = None) -> None:
         dist.broadcast_object_list(known, src=0)
         records.results = known[0]
     with ProgressBar(quiet=not is_first) as progress:
-        results = Comparison(options, records, progress).run()
+        try:
+            results = Comparison(options, records, progress, deadline).run()
+        except TimeIsUpError:
+            progress.console.print(f"{options.minutes:g} minutes are over; the same command makes the other runs")
+            return
         if is_first:
             report = Report(results)
             text = description(options, command) + report.markdown()

@@ -29,6 +29,8 @@ class Cell:
     pattern: str = "unstructured"  # of the mask, or "n:m"
     optimizer: str = ""  # "" is the one of the model's recipe
     optimizer_state: str = ""  # "new" or "kept" where a stretch begins; "": new where its learning rate starts again
+    decay: str = "cosine"  # how the learning rate falls in a stretch: "cosine" after a warm-up, or in "steps"
+    weight_decay: float | None = None  # None is the optimizer's in the comparison
     recalibrate: int = 0  # training batches that BatchNorm's statistics are measured anew on, just after the mask
     pixels: int = 0  # height and width that images are averaged to; 0 leaves them as they are
     autocast: str = "off"

@@ -73,14 +73,20 @@ class Images:
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(x), generator=generator)
-            for chosen in order[: max(size, len(order) // size * size)].split(size):  # whole batches only
-                offsets = torch.randint(2 * self.border + 1, (len(chosen), 2), generator=generator)
-                flips = torch.rand(len(chosen), generator=generator) < 0.5
-                mine = slice(rank, None, ranks)
-                which = chosen[mine].to(x.device)
+            drawn = [
+                (
+                    chosen,
+                    torch.randint(2 * self.border + 1, (len(chosen), 2), generator=generator),
+                    torch.rand(len(chosen), generator=generator) < 0.5,
+                )
+                for chosen in order[: max(size, len(order) // size * size)].split(size)  # whole batches only
+            ]
+            # An epoch's go to the device at once: the host waits for every copy.
+            mine = [torch.stack(part)[:, rank::ranks].to(x.device) for part in zip(*drawn, strict=True)]
+            for which, offsets, flips in zip(*mine, strict=True):
                 images = self._scale(x[which])
                 if self.augment:
-                    images = crop_and_flip(images, self.border, offsets[mine].to(x.device), flips[mine].to(x.device))
+                    images = crop_and_flip(images, self.border, offsets, flips)
                 yield images, y[which]
 
     def evaluation_batches(self, part: str) -> Iterator[Part]:

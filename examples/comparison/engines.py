@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import threading
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from .training import run_cell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from .cells import Cell
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def in_this_process(
-    cells: list[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]
+    cells: Iterable[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]
 ) -> Results:
     """One after the other. Under torchrun each is trained by all ranks together, and rank 0 tells the others how it
     went, so that all make the same choices afterwards."""
@@ -36,16 +37,19 @@ def in_this_process(
 
 
 def in_processes(
-    jobs: int, cells: list[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]
+    jobs: int, cells: Iterable[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]
 ) -> Results:
-    """Several at a time, with an equal share of the cores each."""
+    """Several at a time, with an equal share of the cores each. A cell is asked for when a process is free for it."""
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
-        waiting = {pool.submit(run_cell, cell, folder, device): cell for cell in cells}
+        coming = iter(cells)
+        waiting = {pool.submit(run_cell, cell, folder, device): cell for cell in itertools.islice(coming, jobs)}
         try:
-            for finished in as_completed(waiting):
-                cell, result = waiting[finished], finished.result()
+            while waiting:
+                finished = next(as_completed(waiting))
+                cell, result = waiting.pop(finished), finished.result()
+                waiting |= {pool.submit(run_cell, new, folder, device): new for new in itertools.islice(coming, 1)}
                 advance(cell.updates)
                 yield cell, result
         except BaseException:
@@ -66,7 +70,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def on_ray(cells: list[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]) -> Results:
+def on_ray(cells: Iterable[Cell], folder: Path | None, device: torch.device, advance: Callable[[int], None]) -> Results:
     """As many at a time as the Ray cluster has room for: one core each, or one GPU each.
 
     The machines need the same environment: this package, and the data under the same path.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 
 class LeNet300100(nn.Sequential):
@@ -114,18 +114,11 @@ class CharTransformer(nn.Module):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer, and the learning rates that every method may choose from."""
+    """An optimizer, the learning rates that every method may choose from, and its weight decay."""
 
-    build: Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
+    build: Callable[..., torch.optim.Optimizer]
     rates: tuple[float, ...]
-
-
-def sgd(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
-
-
-def adamw(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,10 @@ class Recipe:
     reads: str  # "images" or "text"
 
 
-OPTIMIZERS = {"sgd": Optimizer(sgd, (0.03, 0.1, 0.3)), "adamw": Optimizer(adamw, (3e-4, 1e-3, 3e-3))}
+OPTIMIZERS = {
+    "sgd": Optimizer(partial(torch.optim.SGD, momentum=0.9), (0.03, 0.1, 0.3), 5e-4),
+    "adamw": Optimizer(partial(torch.optim.AdamW, betas=(0.9, 0.98)), (3e-4, 1e-3, 3e-3), 0.05),
+}
 MODELS = {
     "lenet-300-100": Recipe(LeNet300100, ("5",), "sgd", "images"),
     "lenet-300-100-first-dense": Recipe(LeNet300100, ("1", "5"), "sgd", "images"),

@@ -35,7 +35,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "      --schedules linear quadratic cubic --max-penalties 0.1 1 10 --out ablation\n"
         "  two GPUs for each run, in mixed precision\n"
         "    torchrun --nproc-per-node 2 examples/compare_tickets.py --device cuda --autocast bfloat16 \\\n"
-        "      --data cifar10 --data-dir data --model resnet32 --updates 60000 --batch 128 --out cifar",
+        "      --data cifar10 --data-dir data --model resnet32 --updates 60000 --batch 128 --out cifar\n"
+        "  the usual recipe of ResNet-20, eight runs at a time on one GPU, and none begun after six minutes\n"
+        "    python examples/compare_tickets.py --device cuda --jobs 8 --minutes 6 --data cifar10 --data-dir data \\\n"
+        "      --model resnet20 --updates 64000 --batch 128 --rates 0.1 --decay steps --weight-decay 1e-4 --out cifar",
     )
     what = parser.add_argument_group("what is compared").add_argument
     what("--data", choices=DATA, default="digits", help="default: digits, which come with scikit-learn")
@@ -65,6 +68,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         " search and the training of the ticket together, except for LTH, which starts again; default: each"
     )
     budget("--anneal", choices=("each", "once"), default="each", help=text)
+    text = (
+        "of the learning rate in a stretch: cosine, after a warm-up of 5 %%; or steps, without one, to a tenth after a"
+        " half and after three quarters of the updates; default: cosine"
+    )
+    budget("--decay", choices=("cosine", "steps"), default="cosine", help=text)
+    text = "of the optimizer; default: 5e-4 for sgd, 0.05 for adamw"
+    budget("--weight-decay", type=at_least(0, float), metavar="D", help=text)
     text = "runs, with separate seeds, that try each learning rate; default: 1"
     budget("--tuning-seeds", type=at_least(1), default=1, metavar="N", help=text)
 
@@ -89,6 +99,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     where("--out", type=Path, default=Path("comparison-results"), metavar="DIR", help=text)
     where("--device", type=torch.device, default=torch.device("cpu"), help='such as "cuda"; default: cpu')
     where("--jobs", type=at_least(1), default=1, metavar="N", help="runs at a time, a process each; default: 1")
+    text = "begin no further run after N minutes; the same command goes on with them; default: no limit"
+    where("--minutes", type=above_zero, default=float("inf"), metavar="N", help=text)
     text = "local, or ray for the machines of a Ray cluster (pip install '.[ray]'); default: local"
     where("--engine", choices=("local", "ray"), default="local", help=text)
     text = "mixed precision: bfloat16, float16 or off; default: off"
@@ -97,11 +109,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
+def at_least(least: int, kind: type[float] = int) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not kind(text) >= least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
+        return kind(text)
 
     return number
 
@@ -137,7 +149,10 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(description)
     options = parser.parse_args(argv)
     recipe = MODELS[options.model]
-    options.rates = sorted(set(options.rates or OPTIMIZERS[options.optimizer or recipe.optimizer].rates))
+    optimizer = OPTIMIZERS[options.optimizer or recipe.optimizer]
+    options.rates = sorted(set(options.rates or optimizer.rates))
+    if options.weight_decay == optimizer.weight_decay:
+        options.weight_decay = None  # or equal runs would count as different ones
     options.sparsity = sparsities_of(parser, options)
     for name in ("methods", "sparsity", "schedules", "max_penalties"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
@@ -148,6 +163,8 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         parser.error("--pixels is for images")
     if ranks > 1 and (options.jobs > 1 or options.engine != "local"):
         parser.error("under torchrun all ranks train one model together: leave out --jobs and --engine")
+    if options.minutes < float("inf") and (ranks > 1 or options.engine != "local"):
+        parser.error("--minutes is for runs in processes of one machine: leave out torchrun and --engine")
     if options.engine == "ray" and importlib.util.find_spec("ray") is None:
         parser.error("--engine ray needs Ray: pip install '.[ray]'")
     if options.batch % ranks:

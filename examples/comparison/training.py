@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-WARM_UP = 0.05  # part of each stretch in which its learning rate rises; then it falls along a cosine
+WARM_UP = 0.05  # part of each stretch in which its learning rate rises, before it falls along a cosine
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,14 +101,15 @@ class Job:
         self.training_flops += self._flops.training(updates, self.cell.batch, masks)
         is_kept = first > 0 if self.cell.optimizer_state == "" else self.cell.optimizer_state == "kept"
         if self._optimizer is None or not is_kept:
-            build = OPTIMIZERS[self.cell.optimizer or self.recipe.optimizer].build
-            self._optimizer = build(self.model.parameters(), rate)
+            chosen, decay = OPTIMIZERS[self.cell.optimizer or self.recipe.optimizer], self.cell.weight_decay
+            decay = chosen.weight_decay if decay is None else decay
+            self._optimizer = chosen.build(self.model.parameters(), lr=rate, weight_decay=decay)
         optimizer = self._optimizer
         half = DTYPES.get(self.cell.autocast)
         scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
         for update in range(updates):
             for group in optimizer.param_groups:
-                group["lr"] = rate * share_of_rate((first + update + 1) / (last + 1))
+                group["lr"] = rate * share_of_rate((first + update + 1) / (last + 1), self.cell.decay)
             x, y = next(self._batches)
             optimizer.zero_grad()
             with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
@@ -142,7 +143,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         layer.momentum = momentum
 
 
-def share_of_rate(progress: float) -> float:
+def share_of_rate(progress: float, decay: str = "cosine") -> float:
+    if decay == "steps":  # He et al., 2016: after a half and three quarters of the updates
+        return 1.0 if progress <= 0.5 else 0.1 if progress <= 0.75 else 0.01
     return min(1.0, progress / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_dual_ticket import RSTScheduler
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FLAGS = {"on_gpu": ["--device", "cpu", "--small"]}
 HOST_COST = {"NETWORKS": {"a layer": (lambda: torch.nn.Linear(2, 2), (1, 2), {"sparsity": 0.5})}, "WARM_UP": 1}
 TINY = {
     "penalty": {"SIZES": {"5K": 5_000}},
@@ -34,6 +36,11 @@ TINY = {
     },
     "host_cost": HOST_COST,
     "host_cost --large-path": HOST_COST,
+    "on_gpu": {
+        "LIVES": {"SGD": (lambda model: torch.optim.SGD(model.parameters(), lr=0.05), 1e-9, {})},
+        "RESULTS": None,  # nothing is written
+        "rows_of": lambda name, options, _: sys.modules["on_gpu"].made_here(name, options),
+    },
 }
 
 
@@ -41,7 +48,7 @@ TINY = {
 def test_prints_a_table(command, monkeypatch, capsys):
     name, *flags = command.split()
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--threads", "1", "--rounds", "2", *flags])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--threads", "1", "--rounds", "2", *FLAGS.get(name, ()), *flags])
     benchmark = importlib.import_module(name)
     threads = torch.get_num_threads()
     try:
@@ -51,8 +58,7 @@ def test_prints_a_table(command, monkeypatch, capsys):
         benchmark.main()
     finally:
         torch.set_num_threads(threads)
-        for module in ("measuring", "networks", name):
-            sys.modules.pop(module, None)
+        forget_benchmarks()
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")]
     assert len({len(row) for row in rows}) == 1
@@ -65,8 +71,63 @@ def test_prints_a_table(command, monkeypatch, capsys):
         "scaling": {"3 layers"},
         "kept": {"dense, fused", "dense, foreach", "kept, fused", "kept, foreach"},
         "host_cost": {"dense", "transformation", "finetuning", "torch.nn.utils.prune", "empty hooks"},
+        "on_gpu": {"golden masks", "SGD", "ResNet-20, 2, SGD, finetuning", "needs CUDA", "ok", "skipped"},
     }[name] <= ways
     assert any(line.startswith("torch ") for line in lines)  # versions and machine
+
+
+def forget_benchmarks():
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def test_no_part_on_the_gpu_takes_the_others_along(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    on_gpu = importlib.import_module("on_gpu")
+    try:
+        options = SimpleNamespace(device="cpu", small=True, rounds=2, threads=1)
+        assert [row.verdict for row in on_gpu.rows_of("graphs", options, 100)] == ["skipped", "skipped"]
+        assert [row.value for row in on_gpu.rows_of("graphs", options, 0)] == ["no time was left after 0 s"]
+        options.threads = None
+        (row,) = on_gpu.rows_of("graphs", options, 100)
+        assert (row.value, row.verdict) == ("the process ended with exit code 1", "FAILED")
+
+        def life(*_):
+            raise RuntimeError("weights\nor | gradients differ")
+
+        monkeypatch.setattr(on_gpu, "life", life)
+        assert {(row.value, row.verdict) for row in on_gpu.made_here("lives", options)} == {
+            ("RuntimeError: weights or / gradients differ", "FAILED")
+        }
+        nan = float("nan")
+        assert on_gpu.within(nan, 1.0)[0].verdict == "FAILED"
+        assert on_gpu.within(1.0, 1.0)[0].verdict == "ok"
+    finally:
+        forget_benchmarks()
+
+
+@pytest.mark.parametrize(("flags", "is_kept"), [([], True), (["--small"], False), (["--parts", "masks"], False)])
+def test_the_table_is_kept_when_all_parts_ran_on_a_gpu(flags, is_kept, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    on_gpu = importlib.import_module("on_gpu")
+    try:
+        monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--threads", str(torch.get_num_threads()), *flags])
+        monkeypatch.setattr(on_gpu, "RESULTS", tmp_path / "on_gpu.md")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fast 3000")
+        for verdict, status in (("ok", 0), ("missed", 0), ("FAILED", 1)):
+            monkeypatch.setattr(on_gpu, "rows_of", lambda *_, v=verdict: [on_gpu.Row("what", "3", "≤ 2", v)])
+            assert on_gpu.main() == status
+            assert on_gpu.RESULTS.exists() == is_kept
+        printed = capsys.readouterr().out
+        assert "Fast 3000" in printed
+        assert not is_kept or on_gpu.RESULTS.read_text(encoding="utf-8").rpartition("```\n\n")[2] in printed
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SystemExit, match="--device cpu --small"):
+            on_gpu.main()
+    finally:
+        forget_benchmarks()
 
 
 class Operations(TorchDispatchMode):
@@ -99,5 +160,4 @@ def test_the_large_path_is_taken_while_host_cost_measures_it_and_no_longer(monke
             assert operations_of_a_penalized_update() != small
         assert operations_of_a_penalized_update() == small
     finally:
-        for module in ("measuring", "networks", "host_cost"):
-            sys.modules.pop(module, None)
+        forget_benchmarks()

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare_tickets
 import numpy as np
@@ -25,7 +26,7 @@ from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip
 from comparison.flops import FlopCount
 from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALIZED, SEARCHES, WITH_PATTERN, with_its_own
 from comparison.models import MODELS
-from comparison.options import make_parser
+from comparison.options import make_parser, parse
 from comparison.records import Records
 from comparison.report import Report
 from comparison.training import share_of_rate
@@ -118,6 +119,29 @@ def test_the_rate_falls_in_each_stretch_or_once_over_all(method, monkeypatch):
     assert max(each[:20]) < 0.05 < max(each[20:]) < CELL.rate  # dense_rate before the mask
     assert once == [CELL.rate * share_of_rate((update + 1) / (CELL.updates + 1)) for update in range(CELL.updates)]
     assert len(optimizers) == 3
+
+
+def test_the_usual_recipe_of_resnets():
+    seen = []
+
+    def note(optimizer, *_):
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        training.run_cell(cell("dense", decay="steps", weight_decay=1e-4), None, CPU)
+        training.run_cell(cell("dense"), None, CPU)
+    finally:
+        handle.remove()
+    rates = [rate for rate, _ in seen[: CELL.updates]]
+    assert rates == pytest.approx([0.1] * 20 + [0.01] * 10 + [0.001] * 10)
+    assert [decay for _, decay in seen] == [1e-4] * CELL.updates + [5e-4] * CELL.updates
+
+
+def test_the_weight_decay_that_an_optimizer_has_anyway_is_no_other_run():
+    assert parse("", ["--weight-decay", "5e-4"]).weight_decay is None
+    assert parse("", ["--weight-decay", "0.05"]).weight_decay == 0.05
+    assert parse("", ["--weight-decay", "0"]).weight_decay == 0
 
 
 def test_the_penalty_may_begin_later(monkeypatch):
@@ -354,6 +378,21 @@ def test_batches_are_whole_and_shared_out_between_ranks():
         assert torch.equal(torch.stack([part[1] for part in parts], 1).flatten(), y)
 
 
+def test_batches_are_drawn_one_after_the_other():
+    """So that seeds mean the runs that were recorded."""
+    data = DATA["digits"](None)
+    data.augment = True
+    x, y = data.parts["train"]
+    batches, generator = data.batches(64, 3), torch.Generator().manual_seed(3)
+    for _ in range(2):
+        for chosen in torch.randperm(len(x), generator=generator)[: len(x) // 64 * 64].split(64):
+            offsets = torch.randint(2 * data.border + 1, (64, 2), generator=generator)
+            flips = torch.rand(64, generator=generator) < 0.5
+            images, labels = next(batches)
+            assert torch.equal(images, crop_and_flip(data._scale(x[chosen]), data.border, offsets, flips))
+            assert torch.equal(labels, y[chosen])
+
+
 def test_augmentation_crops_and_flips():
     images = torch.randn(3, 2, 5, 5)
     offsets = torch.tensor([[4, 4], [0, 8], [3, 5]])
@@ -402,19 +441,51 @@ def test_what_is_not_an_idx_file_is_refused(tmp_path):
         read_idx(tmp_path / "file")
 
 
-def test_cifar10_is_read_from_its_binary_version(tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
+def write_cifar10(folder):
+    """Noise in the layout of the binary version; the records of the test part."""
+    folder = folder / "cifar-10-batches-bin"
     folder.mkdir()
     generator = np.random.default_rng(0)
     for name in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
         records = generator.integers(0, 256, (1010, 3073), dtype=np.uint8)
         records[:, 0] %= 10
         records.tofile(folder / name)
+    return records
+
+
+def test_cifar10_is_read_from_its_binary_version(tmp_path):
+    records = write_cifar10(tmp_path)
     data = cifar10(tmp_path)
     assert data.sizes == {"validation": 5000, "train": 50, "test": 1010}
     assert data.augment
     assert np.array_equal(data.parts["test"][0].flatten(1), records[:, 1:])
     assert np.array_equal(data.parts["test"][1], records[:, 0])
+
+
+def test_resnet20_on_cifar10_in_its_usual_recipe(tmp_path, monkeypatch):
+    write_cifar10(tmp_path)
+    monkeypatch.setattr(training, "accuracy", lambda *_: 50.0)  # on thousands of images
+    arguments = ["--data", "cifar10", "--data-dir", tmp_path, "--model", "resnet20", "--methods", "dense", "RST"]
+    arguments += [
+        "--updates",
+        "20",
+        "--batch",
+        "4",
+        "--cycles",
+        "2",
+        "--decay",
+        "steps",
+        "--weight-decay",
+        "1e-4",
+        "--seeds",
+        "1",
+    ]
+    table = run_command(tmp_path / "out", *arguments)
+    assert "Learning rates fall to a tenth after a half and after three quarters, in each stretch of training" in table
+    assert "Optimizer: sgd, weight decay 0.0001." in table
+    assert "train 50" in table
+    for run in Records(tmp_path / "out" / "records.jsonl").results:
+        assert (run.pixels, run.decay, run.weight_decay) == (0, "steps", 1e-4)
 
 
 def test_text_is_split_in_order_and_asks_for_the_next_character():
@@ -494,6 +565,25 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_table(tmp_path
     made.clear()
     assert run_command(tmp_path / "once", *arguments) == resumed
     assert not made
+
+
+@pytest.mark.parametrize(("jobs", "made"), [(1, 1), (2, 3)])
+def test_no_run_begins_when_the_time_is_over(tmp_path, monkeypatch, capsys, jobs, made):
+    """Runs of two processes end one after the other: the third begins while the first result is still on its way."""
+    arguments = ("--methods", "dense", "scratch")
+    path = tmp_path / "records.jsonl"
+    clock = SimpleNamespace(monotonic=lambda: path.read_text().count("\n") if path.exists() else 0)  # a second each
+    monkeypatch.setattr(compare_tickets, "time", clock)
+    with pytest.raises(FileNotFoundError, match=r"table\.md"):
+        run_command(tmp_path, *arguments, "--minutes", 1 / 60, "--jobs", jobs)
+    assert "minutes are over; the same command makes the other runs" in capsys.readouterr().out
+    records = Records(path).results
+    assert len(records) == made
+    monkeypatch.undo()
+    run_command(tmp_path, *arguments)
+    finished = Records(path).results
+    assert len(finished) == 4
+    assert records.items() <= finished.items()
 
 
 def test_learning_rates_are_chosen_on_validation_data_with_separate_seeds(tmp_path, monkeypatch):
@@ -753,6 +843,8 @@ def is_running(pid):
         (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
         (["--pattern", "2:4", "--methods", "RST", "--sparsity", "0.9"], "means a sparsity of 0.5"),
         (["--engine", "ray"], "pip install '.[ray]'"),
+        (["--engine", "ray", "--minutes", "5"], "leave out torchrun and --engine"),
+        (["--weight-decay", "-1"], "less than 0"),
     ],
 )
 def test_the_command_says_what_is_wrong(capsys, monkeypatch, arguments, message):
