@@ -27,6 +27,7 @@ TINY = {
         "in_a_new_process": lambda *_: 0,
     },
     "scaling": {"CASES": [("3 layers", 3, 70, 0.9, 2)], "ON_RANKS": []},
+    "files": {"SIZED": ["ResNet-20"], "SPARSITIES": (0.9,)},
     "host_cost": HOST_COST,
     "host_cost --large-path": HOST_COST,
 }
@@ -58,6 +59,7 @@ def test_prints_a_table(command, monkeypatch, capsys):
         "masks": {"this library", "torch.nn.utils.prune", "torch.randperm"},
         "train_step": {"transformation", "finetuning", "finetuning, masks not stored", "torch.nn.utils.prune"},
         "scaling": {"3 layers"},
+        "files": {"ResNet-20", "90%", "0.13"},
         "host_cost": {"dense", "transformation", "finetuning", "torch.nn.utils.prune", "empty hooks"},
     }[name] <= ways
     assert any(line.startswith("torch ") for line in lines)  # versions and machine
