@@ -25,7 +25,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    return re.sub(r"\]\(((?:\.\./)*)\.\./(CHANGELOG|examples|benchmarks)", r"](\1\2", markdown)
+    markdown = re.sub(r"\]\(((?:\.\./)*)\.\./(CHANGELOG|examples|benchmarks)", r"](\1\2", markdown)
+    return markdown.replace(".ipynb)", ".md)")
 
 
 class Docstrings(griffe.Extension):

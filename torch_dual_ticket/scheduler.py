@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from ._rst.loop_warnings import MissingPenalty, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
 from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
 from ._rst.schedule import Timeline, check_integer, resolve
+from ._tables import Table, TableInNotebooks
 from .masks.plan import make_plan
 from .prune import check_stock_layout, to_stock_layout
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .masks.seeded import SeededMask
 
 
-class RSTScheduler:
+class RSTScheduler(TableInNotebooks):
     """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside your own training loop.
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
@@ -293,6 +295,9 @@ class RSTScheduler:
         schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
         return f"RSTScheduler({self.phase}{cycle}: {schedule}, {layers}, seed={self.seed})"
+
+    def _table(self, width: int) -> Table:
+        return replace(measure(self._ticket)._table(width), notes=(repr(self),))
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 

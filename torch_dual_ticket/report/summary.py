@@ -15,7 +15,7 @@ from .._engine.layer_hook import layer_hooks
 from .._engine.ticket import Phase, Ticket
 from .._model.names import unwrapped_modules
 from .._rst.residual import measure, total_of
-from .._tables import Table, as_best_text, as_renderable, percent, terminal_width
+from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, percent, terminal_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(TableInNotebooks):
     """The layers of a model; ``print`` shows them as a table that fits the terminal.
 
     Attributes:
