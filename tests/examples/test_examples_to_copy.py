@@ -37,9 +37,16 @@ def run(monkeypatch, tmp_path, capsys):
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         variables = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-        return variables, capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert_ends_as_it_says(name, printed)
+        return variables, printed
 
     return run
+
+
+def assert_ends_as_it_says(name, printed):
+    promised = re.search("^It ends with: (.*)$", (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.sub(r"\d[\d.]*", "…", promised[1]) in re.sub(r"\d[\d.]*", "…", printed).splitlines()
 
 
 def accuracy_in(printed):
@@ -155,6 +162,7 @@ def test_two_processes(tmp_path, name):
     )
     assert result.returncode == 0, result.stderr
     assert_pruned(read_ticket(tmp_path / f"{name}.safetensors"), DIGITS_LAYERS, 0.8)
+    assert_ends_as_it_says(name, result.stdout)
     assert accuracy_in(result.stdout) > 88
     assert result.stdout.count("2.weight") == 1, "one rank prints"
     assert "still held" not in result.stderr
