@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import shutil
 import textwrap
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     Cells = tuple[str, ...]
 
 _GAP = "  "
+_PAGE = 1000  # a page scrolls: wide enough for all columns
 _SHORTEST_NAME = 20  # shorter names look alike: a line that is too long is better
 
 
@@ -106,6 +108,43 @@ def as_best_text(table: Table, width: int) -> str:
     plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
     Console(file=page, width=width, legacy_windows=False, **plain).print(as_renderable(table, width))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def as_html(table: Table) -> str:
+    """For notebooks.
+
+    >>> print(as_html(Table(("layer", "kept"), (("a<b", "7"),), notes=("all of it",))))
+    <table>
+    <tr><th style="text-align: left">layer</th><th style="text-align: right">kept</th></tr>
+    <tr><td style="text-align: left">a&lt;b</td><td style="text-align: right">7</td></tr>
+    </table>
+    <p>all of it</p>
+    """
+
+    def line(row: Cells, tag: str) -> str:
+        sides = ["left", *["right"] * (len(row) - 1)]
+        cells = [
+            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+            for cell, side in zip(row, sides, strict=True)
+        ]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    lines = [
+        line(table.header, "th"),
+        *(line(row, "td") for row in table.rows),
+        *(line(row, "th") for row in table.footer),
+    ]
+    return "\n".join(["<table>", *lines, "</table>", *(f"<p>{html.escape(note)}</p>" for note in table.notes)])
+
+
+class TableInNotebooks:
+    """What Jupyter shows of an object that has a table, where it is the last line of a cell."""
+
+    def _table(self, width: int) -> Table:
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return as_html(self._table(_PAGE))
 
 
 def _in_blocks(rows: Sequence[Cells]) -> tuple[Cells, ...]:

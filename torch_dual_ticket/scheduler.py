@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
 from ._rst.residual import measure, warn_of_outstanding, warn_of_residual
 from ._rst.schedule import Timeline, check_integer, resolve
+from ._tables import Table, TableInNotebooks
 from .masks.plan import make_plan
 from .prune import check_stock_layout
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from .masks.plan import Plan
 
 
-class RSTScheduler(ManagedMasks):
+class RSTScheduler(ManagedMasks, TableInNotebooks):
     """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside your own training loop.
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
@@ -310,6 +312,9 @@ class RSTScheduler(ManagedMasks):
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
         masks = "explicit masks" if self.seed is None else f"seed={self.seed}"
         return f"{type(self).__name__}({self.phase}{cycle}: {schedule}, {layers}, {masks})"
+
+    def _table(self, width: int) -> Table:
+        return replace(measure(self._ticket)._table(width), notes=(repr(self),))
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 

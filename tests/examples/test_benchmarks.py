@@ -34,6 +34,7 @@ TINY = {
         "SPARSITIES": [0.9],
         "on_two_ranks": lambda _: "",
     },
+    "files": {"SIZED": ["ResNet-20"], "SPARSITIES": (0.9,)},
     "host_cost": HOST_COST,
     "host_cost --large-path": HOST_COST,
     "on_gpu": {
@@ -70,6 +71,7 @@ def test_prints_a_table(command, monkeypatch, capsys):
         "train_step": {"transformation", "finetuning", "finetuning, masks not stored", "torch.nn.utils.prune"},
         "scaling": {"3 layers"},
         "kept": {"dense, fused", "dense, foreach", "kept, fused", "kept, foreach"},
+        "files": {"ResNet-20", "90%", "0.13"},
         "host_cost": {"dense", "transformation", "finetuning", "torch.nn.utils.prune", "empty hooks"},
         "on_gpu": {"golden masks", "SGD", "ResNet-20, 2, SGD, finetuning", "needs CUDA", "ok", "skipped"},
     }[name] <= ways

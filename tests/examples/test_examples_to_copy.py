@@ -23,8 +23,8 @@ SHORT = [
     "huggingface_trainer",
     "kept_transformer",
     "lightning_trainer",
-    "resume",
-    "transformer_adamw",
+    "shrink_digits",
+    "train",
     "two_to_four",
 ]
 DIGITS_LAYERS = {"0.weight": 19_200, "2.weight": 30_000}
@@ -38,9 +38,16 @@ def run(monkeypatch, tmp_path, capsys):
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         variables = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-        return variables, capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert_ends_as_it_says(name, printed)
+        return variables, printed
 
     return run
+
+
+def assert_ends_as_it_says(name, printed):
+    promised = re.search("^It ends with: (.*)$", (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.sub(r"\d[\d.]*", "…", promised[1]) in re.sub(r"\d[\d.]*", "…", printed).splitlines()
 
 
 def accuracy_in(printed):
@@ -67,34 +74,47 @@ def test_loop(run, name):
     assert accuracy_in(printed) > 88
 
 
-def test_resumed_run_ends_like_one_that_was_never_stopped(run):
-    stopped, printed = run("resume", "checkpoint.pt")
-    assert stopped["rst"].phase == "transform"
-    assert "saved: RSTScheduler(transform: 50%" in printed
-    seed = stopped["rst"].seed
-    del stopped
-    resumed, printed = run("resume", "checkpoint.pt")
-    assert "resumed: RSTScheduler(transform: 50%" in printed
-    assert resumed["rst"].seed == seed
+@pytest.mark.parametrize("saves_before", [10, 45])  # in the transformation, and in the finetuning
+def test_training_that_is_stopped_ends_like_one_that_is_not(run, monkeypatch, saves_before):
+    save, saved = torch.save, []
+
+    def save_until_stopped(state, path):
+        if "best" not in str(path):
+            saved.append(path)
+        if len(saved) == saves_before:
+            raise KeyboardInterrupt
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run("train", "stopped")
+    resumed, printed = run("train", "stopped")
+    assert "resumed: RSTScheduler(" + ("transform" if saves_before == 10 else "finetune") in printed
     assert_pruned(resumed["model"].state_dict(), DIGITS_LAYERS, 0.8)
     assert accuracy_in(printed) > 88
 
-    code = (EXAMPLES / "resume.py").read_text(encoding="utf-8").replace("epoch == STOP_AFTER", "False")
-    never_stopped = {}
-    sys.argv[1] = "no_such_file.pt"
-    exec(compile(code, "resume.py", "exec"), never_stopped)
+    never_stopped, printed = run("train", "whole")
+    assert "resumed" not in printed
+    assert never_stopped["best"] == resumed["best"]
     for name, value in never_stopped["model"].state_dict().items():
         torch.testing.assert_close(resumed["model"].state_dict()[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # of SequentialLR about torch's own schedules
-def test_transformer(run):
-    variables, printed = run("transformer_adamw")
-    sizes = {name: parameter.numel() for name, parameter in variables["model"].named_parameters() if "layers" in name}
-    sizes = {name: size for name, size in sizes.items() if re.search(r"(linear\d\.|proj[._])weight$", name)}
-    assert len(sizes) == 8
-    assert_pruned(variables["model"].state_dict(), sizes, 0.8)
-    assert accuracy_in(printed) > 90
+def test_the_best_checkpoint_is_sparse(run, tmp_path):
+    variables, _ = run("train", "run")
+    assert_pruned(torch.load(tmp_path / "run-best.pt"), DIGITS_LAYERS, 0.8)
+    last = torch.load(tmp_path / "run.pt")
+    assert last["epoch"] == variables["EPOCHS"]
+    assert 0.8 < variables["best"] <= 1
+
+
+def test_shrink(run):
+    pytest.importorskip("torch_pruning", reason="needs Torch-Pruning: pip install torch-pruning")
+    variables, printed = run("shrink_digits")
+    assert_pruned(variables["model"].state_dict(), {"2.weight": 18_432, "6.weight": 131_072}, 0.5)
+    assert variables["small"][2].out_channels < 40
+    assert accuracy_in(printed) > 88
 
 
 def test_two_to_four(run):
@@ -143,6 +163,7 @@ def test_two_processes(tmp_path, name):
     )
     assert result.returncode == 0, result.stderr
     assert_pruned(read_ticket(tmp_path / f"{name}.safetensors"), DIGITS_LAYERS, 0.8)
+    assert_ends_as_it_says(name, result.stdout)
     assert accuracy_in(result.stdout) > 88
     assert result.stdout.count("2.weight") == 1, "one rank prints"
     assert "still held" not in result.stderr

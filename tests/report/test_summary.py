@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import re
 import sys
 
 import pytest
@@ -300,6 +301,21 @@ def test_text_is_plain_in_every_environment(where, monkeypatch):
         monkeypatch.setenv("COLORTERM", "truecolor")
     assert str(summary(model)) == expected
     assert "\x1b" not in expected
+
+
+@pytest.mark.parametrize("what", ["scheduler", "summary", "report"])
+def test_notebooks_show_a_table(what, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")  # a page is wider than a terminal
+    rst = trained(make(mlp), sparsity=0.75, exclude=["4"])
+    shown = {"scheduler": rst, "summary": summary(rst), "report": finalize_quietly(rst)}[what]
+    page = shown._repr_html_()
+    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    assert len({len(row) for row in rows}) == 1
+    assert [row[0] for row in rows if row[0].startswith(("0", "2"))] == [
+        name if what == "summary" else f"{name}.weight" for name in ("0", "2")
+    ]
+    assert sum("75.00 %" in row for row in rows) == 3  # both layers, and together
+    assert ("RSTScheduler(" in page) == (what == "scheduler")
 
 
 def test_long_names_are_put_in_blocks(drawn_by):

@@ -9,8 +9,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import torch_dual_ticket
 
@@ -26,11 +24,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def code_blocks(language, text=README):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+def shell_commands():
+    return "".join(re.findall(r"^```sh\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)).splitlines()
 
 
 # ---------------------------------------------------------------------- the package
@@ -139,8 +134,7 @@ def test_core_needs_torch_alone():
 
 def test_ci_runs_the_test_command_of_the_readme():
     """.ci/run cuts the command out of the README; a stand-in for the shell's eval shows what it would run."""
-    commands = "\n".join(code_blocks("sh")).splitlines()
-    (command,) = [line for line in commands if line.endswith("pytest -n auto")]
+    (command,) = [line for line in shell_commands() if line.endswith("pytest -n auto")]
     set_up, _, test = command.rpartition(" && ")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('eval "$1"', ":")
     shown = subprocess.run(
@@ -158,38 +152,10 @@ def test_ci_runs_the_test_command_of_the_readme():
         "ruff check .",
         "ruff format --check .",
         "mypy",
+        f"mkdocs build --strict --quiet --site-dir {environment}/site",
     ]
 
 
 def test_both_commands_of_the_readme_set_up_the_same_way():
-    quickstart, test = "\n".join(code_blocks("sh")).splitlines()
+    quickstart, test = shell_commands()
     assert quickstart.split(" && ")[:-1] == [part.replace("[test]", "[examples]") for part in test.split(" && ")[:-1]]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
-    """In its order, as somebody would paste it into one session."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    session = {}
-    for code in code_blocks("python", page.read_text(encoding="utf-8")):
-        exec(compile(code, page.name, "exec"), session)
-
-
-@pytest.mark.filterwarnings("ignore:the masked weights still held")  # three updates instead of ten thousand
-def test_diff_of_the_readme_runs_with_and_without_its_added_lines():
-    (diff,) = code_blocks("diff")
-    lines = diff.splitlines()
-    assert {line[:1] for line in lines} <= {"+", " ", ""}
-    for code in ([line[1:] for line in lines], [line[1:] for line in lines if not line.startswith("+")]):
-        model = nn.Linear(8, 4)
-        loop = {
-            "model": model,
-            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-            "loss_fn": nn.functional.cross_entropy,
-            "loader": [(torch.randn(2, 8), torch.tensor([0, 1]))] * 3,
-            "epochs": 1700,
-        }
-        exec(compile("\n".join(code), "README.md", "exec"), loop)
-        if "rst" in loop:
-            assert int((model.weight == 0).sum()) == round(0.9 * 32)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._tables import Table, as_text, percent, terminal_width
+from .._tables import Table, TableInNotebooks, as_text, percent, terminal_width
 from .._tensors.dtensor import placement, sum_over_shards
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(TableInNotebooks):
     """What ``finalize()`` did, layer by layer; ``str()`` gives a table that fits the terminal.
 
     >>> layer = LayerReport("fc.weight", pruned=90, size=100, residual=0.004, norm=2.5)
@@ -82,12 +82,16 @@ class Report:
         return [list(astuple(layer)) for layer in self.layers]
 
     def __str__(self) -> str:
+        width = terminal_width()
+        return as_text(self._table(width), width)
+
+    def _table(self, width: int) -> Table:
         rows = [
             (row.name, f"{row.pruned:,}", f"{row.size:,}", percent(row.sparsity), f"{row.residual:.4f}")
             for row in (*self.layers, self.total)
         ]
         header = ("parameter", "pruned", "size", "sparsity", "residual")
-        return as_text(Table(header, tuple(rows[:-1]), tuple(rows[-1:])), terminal_width())
+        return Table(header, tuple(rows[:-1]), tuple(rows[-1:]))
 
 
 @dataclass(frozen=True)

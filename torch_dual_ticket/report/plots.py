@@ -35,7 +35,7 @@ def plot(history: History) -> Figure:
 
     Returns:
         A ``matplotlib.figure.Figure`` that belongs to no window: ``figure.savefig(path)``, or the last line of a
-        notebook cell.
+        notebook cell after ``%matplotlib inline``.
 
     Raises:
         ImportError: matplotlib is not installed.

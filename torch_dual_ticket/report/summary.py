@@ -17,7 +17,7 @@ from .._model.coverage import why_dense
 from .._model.layout import input_dim_of
 from .._model.names import unwrapped_modules
 from .._rst.residual import measure, total_of
-from .._tables import Table, as_best_text, as_renderable, percent, terminal_width
+from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, percent, terminal_width
 from .._tensors.dtensor import local, reshard, sum_over_shards
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(TableInNotebooks):
     """The layers of a model; ``print`` shows them as a table that fits the terminal.
 
     Attributes:
