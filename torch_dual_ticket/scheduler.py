@@ -13,10 +13,10 @@ from ._engine.ticket import Phase, Stage, Ticket
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import mask_view, validation
 from ._rst.advice import Advice
-from ._rst.loop_warnings import MissingPenalty, patience
+from ._rst.loop_warnings import MissingPenalty, Unfinished, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
 from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
-from ._rst.schedule import Timeline, check_integer, resolve
+from ._rst.schedule import check_integer, make_timeline
 from .masks.plan import make_plan
 from .prune import check_stock_layout, to_stock_layout
 
@@ -40,8 +40,8 @@ class RSTScheduler:
         sparsity: fraction of weights removed from each layer, in [0, 1). A mapping goes from :mod:`fnmatch` patterns of
             module names to sparsities: the first match wins, what is not matched stays dense. None: 0.9, or what
             ``pattern`` implies.
-        steps: calls of :meth:`step` over which λ rises (in each cycle).
-        hold: calls after that with λ at its ceiling (in each cycle).
+        steps: calls of :meth:`step` over which λ rises (in each cycle). None: 10,000, or as ``updates`` says.
+        hold: calls after that with λ at its ceiling (in each cycle). None: 0, or as ``updates`` says.
         max_penalty: the ceiling of λ.
         schedule: "linear", "quadratic", "cubic", or a function from progress (0…1) to the fraction of the ceiling.
         cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
@@ -51,6 +51,8 @@ class RSTScheduler:
         exclude: fnmatch patterns of module names that stay dense, with all below them.
         seed: of the masks; None draws one from torch's global generator, the same on all ranks.
         optimizer: the only one whose updates apply the penalty. None: any that holds a target.
+        updates: in place of ``steps`` and ``hold``, the updates of the whole training: the transformation takes a
+            quarter of them (all cycles together), with a fifth of that as ``hold``.
         store_masks: False computes the masks from the seed at each use: slow, but saves a byte of memory per weight.
 
     Raises:
@@ -76,8 +78,8 @@ class RSTScheduler:
         model: nn.Module,
         sparsity: float | Mapping[str, float] | None = None,
         *,
-        steps: int = 10_000,
-        hold: int = 0,
+        steps: int | None = None,
+        hold: int | None = None,
         max_penalty: float = 1.0,
         schedule: str | Callable[[float], float] = "linear",
         cycles: int = 1,
@@ -87,10 +89,11 @@ class RSTScheduler:
         exclude: Sequence[str] = (),
         seed: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        updates: int | None = None,
         store_masks: bool = True,
     ) -> None:
         check_model(model)
-        self._timeline = Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
+        self._timeline = make_timeline(steps, hold, updates, cycles, max_penalty, schedule)
         given_seed = None if seed is None else check_integer("seed", seed)
         found = find_targets(model, targets, exclude)
         plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
@@ -113,6 +116,7 @@ class RSTScheduler:
             patience=patience(self._timeline.total),
         )
         manage(self._ticket, found)
+        self._unfinished = Unfinished(self, self._ticket, self._timeline.total)
         self._ticket.stage = Stage(Phase.TRANSFORM, masks, penalty)  # from here on it is penalized, and not before
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,6 +296,8 @@ class RSTScheduler:
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
+        if not self._ticket.holds:
+            layers = f"masks for {layers}, not applied yet"
         return f"RSTScheduler({self.phase}{cycle}: {schedule}, {layers}, seed={self.seed})"
 
     # -- restarts ------------------------------------------------------------------------------------------------------

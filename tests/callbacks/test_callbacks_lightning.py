@@ -257,7 +257,7 @@ def test_logs_through_the_logger_of_the_trainer():
     assert len(residuals) == EPOCHS
     assert residuals[0] > callback.report.total.residual
     assert residuals[1:] == [0, 0, 0]
-    assert [row["rst/sparsity"] for row in rows if "rst/sparsity" in row] == pytest.approx([0.8] * EPOCHS)
+    assert [row["rst/sparsity"] for row in rows if "rst/sparsity" in row] == pytest.approx([0, 0.8, 0.8, 0.8])
     assert "rst/penalty" in trainer.progress_bar_metrics
 
 
@@ -346,8 +346,9 @@ def test_two_ranks_agree_with_one_process(tmp_path):
         ({"finalize_at": True}, ValueError, "got True"),
         ({"finalize_at": "half"}, ValueError, "got 'half'"),
         ({"finalize_at": 0.5, "steps": 10}, ValueError, "give one"),
-        ({"cycles": 0}, ValueError, "cycles must be an integer of at least 1, got 0"),
-        ({"steps": None}, TypeError, "steps must be an integer of at least 1, got None"),
+        ({"cycles": 0}, ValueError, "cycles must be an integer of at least 1 and at most 1,000, got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer of at least 1, got 1.5"),
+        ({"updates": 100}, ValueError, "give finalize_at in place of updates"),
         ({"schedule": "quadratik"}, ValueError, "did you mean 'quadratic'"),
     ],
 )

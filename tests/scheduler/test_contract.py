@@ -121,7 +121,13 @@ def test_repr_says_where_it_is_on_one_screen(build, cycles):
     assert "\n" not in text
     layers = sum(isinstance(layer, nn.Linear) for layer in model.modules())
     reached = rst.sparsity
-    for part in ("transform", f"0% of {4 * cycles} ", "λ=0.5", f"{layers} layers at {reached:.2%}", "seed=7"):
+    for part in (
+        "transform",
+        f"0% of {4 * cycles} ",
+        "λ=0.5",
+        f"masks for {layers} layers at {reached:.2%} sparsity, not applied",
+        "seed=7",
+    ):
         assert part in text
     assert ("cycle 1 of 3" in text) is (cycles == 3)
 

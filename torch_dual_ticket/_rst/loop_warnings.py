@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from .._engine.ticket import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +41,33 @@ class MissingPenalty:
         warnings.warn(
             f"{what}, but no update applied the penalty: {yet}the updates come from {others}. Call rst.apply_penalty()"
             " after backward(), before each such update.",
+            stacklevel=3,
+        )
+
+
+class Unfinished:
+    """Warns, once, of a transformation that was begun and never finalized: when its scheduler, or the process, ends."""
+
+    def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
+        self._ticket, self._total = ticket, total
+        self.is_said = False
+        weakref.finalize(scheduler, self._say)  # of a copy there is none
+
+    def _say(self) -> None:
+        ticket, steps = self._ticket, self._ticket.stage.steps
+        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and ticket.updates.ever and steps
+        # Where an exception ended the training, the user knows: one that is handled now, or has reached the top.
+        if not is_begun or self.is_said or sys.exc_info()[1] or getattr(sys, "last_value", None):
+            return
+        self.is_said = True
+        advice = (
+            "give updates=N, the number of updates of your training, in place of steps and hold, or choose them smaller"
+            if steps < self._total
+            else "call rst.finalize() when rst.done says so"
+        )
+        warnings.warn(
+            f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
+            f" zero. To get a sparse model, {advice}. (To give a transformation up there is rst.remove().)",
             stacklevel=3,
         )
 

@@ -89,7 +89,7 @@ class RSTCallback(TrainerTicket, Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rst = self._started()
-        self.log_dict({"rst/residual": rst.residual(), "rst/sparsity": rst.sparsity})
+        self.log_dict({"rst/residual": rst.residual(), "rst/sparsity": self._sparsity()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._warn_if_unfinished()
