@@ -38,7 +38,9 @@ if checkpoint.exists():
 for epoch in range(first, EPOCHS):
     if epoch == STOP_AFTER and first == 0:
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rst": rst.state_dict()}
-        torch.save({**states, "epoch": epoch}, checkpoint)
+        unfinished = checkpoint.with_suffix(".unfinished")
+        torch.save({**states, "epoch": epoch}, unfinished)
+        unfinished.replace(checkpoint)  # so that a process killed while it saves leaves the old one whole
         print(f"saved: {rst}")
         break
     for batch in torch.randperm(1408, generator=torch.Generator().manual_seed(epoch)).split(BATCH):

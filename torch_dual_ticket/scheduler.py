@@ -17,6 +17,7 @@ from ._rst.loop_warnings import MissingPenalty, Unfinished, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
 from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
 from ._rst.schedule import check_integer, make_timeline
+from ._rst.sparse_start import SparseStart
 from .masks.plan import make_plan
 from .prune import check_stock_layout, to_stock_layout
 
@@ -106,7 +107,7 @@ class RSTScheduler:
         self._plan, self._model, self._advice = plan, model, Advice(self._timeline)
         self._seed_is_given, self._ranks = given_seed is not None, world_size()
         masks, penalty = plan.masks(agreed, cycle=0), self._timeline.penalty(0)
-        self._missing_penalty = MissingPenalty()
+        self._missing_penalty, self._sparse_start = MissingPenalty(), SparseStart()
         self._ticket = Ticket(
             model,
             masks,
@@ -114,6 +115,7 @@ class RSTScheduler:
             optimizer=optimizer,
             stores_masks=store_masks,
             patience=patience(self._timeline.total),
+            before_first=self._sparse_start.count,
         )
         manage(self._ticket, found)
         self._unfinished = Unfinished(self, self._ticket, self._timeline.total)
@@ -155,6 +157,7 @@ class RSTScheduler:
         masks = ticket.stage.masks if stays else self._plan.masks(self.seed, timeline.cycle(steps))
         ticket.transform(masks, penalty, steps)
         self._missing_penalty.look(ticket, changed)
+        self._sparse_start.speak(ticket)
         self._advice.speak()
 
     @property

@@ -166,7 +166,8 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the masked weights still held")  # three updates instead of ten thousand
-def test_diff_of_the_readme_runs_with_and_without_its_added_lines():
+def test_diff_of_the_readme_runs_with_and_without_its_added_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (diff,) = code_blocks("diff")
     lines = diff.splitlines()
     assert {line[:1] for line in lines} <= {"+", " ", ""}
@@ -177,8 +178,15 @@ def test_diff_of_the_readme_runs_with_and_without_its_added_lines():
             "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
             "loss_fn": nn.functional.cross_entropy,
             "loader": [(torch.randn(2, 8), torch.tensor([0, 1]))] * 3,
-            "epochs": 1700,
+            "epochs": 10,
+            "torch": torch,
+            "saved": None,
         }
         exec(compile("\n".join(code), "README.md", "exec"), loop)
         if "rst" in loop:
+            assert int((model.weight == 0).sum()) == round(0.9 * 32)
+            rst, saved = loop["rst"], torch.load("checkpoint.pt")
+            rst.remove()
+            nn.init.ones_(model.weight)
+            exec(compile("\n".join(code), "README.md", "exec"), {**loop, "saved": saved})
             assert int((model.weight == 0).sum()) == round(0.9 * 32)

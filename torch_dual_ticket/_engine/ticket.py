@@ -71,6 +71,7 @@ class Ticket:
         optimizer: Optimizer | None = None,
         stores_masks: bool = True,
         patience: int = 0,
+        before_first: Callable[[Ticket], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
@@ -90,6 +91,7 @@ class Ticket:
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
+        self._before_first = before_first  # called once, before the first update
         self._awaited: list[int | None] = [None]  # the number of the backward pass whose end is waited for
         self._hook: Callable[[Tensor], None] | None = None  # on the gradients
 
@@ -274,6 +276,8 @@ class Ticket:
         # First: where an update cannot be captured, nothing is drawn, and nothing changed.
         given = (grad for _, parameter in batch if (grad := parameter.grad) is not None)
         factor = self._captured.factor(given, self.stage.penalty)
+        if self._before_first is not None and self.serial == 0:
+            self._before_first(self)
         grads: list[Tensor] = []  # of simple parameters, in the order of these three
         weights: list[Tensor] = []
         gone: list[Tensor] = []
