@@ -207,7 +207,12 @@ class RSTScheduler:
         """
         with torch.no_grad():
             if not self._ticket.apply_penalty() and self._ticket.parameters:
-                raise RuntimeError("apply_penalty() found no gradient on any target; call it after loss.backward()")
+                raise RuntimeError(
+                    "apply_penalty() found no gradient on any target; call it after loss.backward(). DeepSpeed keeps"
+                    " gradients elsewhere: with ZeRO 1 and 2 set p.grad = safe_get_full_grad(p).to(p.dtype), of"
+                    " deepspeed.utils, before the call; after it grad, p.grad = p.grad, None and safe_set_full_grad(p,"
+                    " grad)."
+                )
 
     # -- the end of the transformation ---------------------------------------------------------------------------------
 

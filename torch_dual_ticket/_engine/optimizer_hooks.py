@@ -58,6 +58,11 @@ def held_by(ticket: Ticket) -> Iterator[tuple[Optimizer, Batch]]:
         yield from ((optimizer, held) for ref, held, _ in lookup.found if held and ref() is ticket)
 
 
+def has_steps_elsewhere(ticket: Ticket) -> bool:
+    """Whether an optimizer has made a step that has no parameter of the ticket: that of another copy, say."""
+    return len(_lookups) > len({id(optimizer) for optimizer, _ in held_by(ticket)})
+
+
 class Lookup:
     """Which managed parameters an optimizer has: looked up once, and checked at each step."""
 

@@ -7,30 +7,51 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from .._engine.dtensor import local
+from .._engine.optimizer_hooks import has_steps_elsewhere
 from .._engine.ticket import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
     from .._engine.ticket import Ticket
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
+_LOOKS = (5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
 class MissingPenalty:
     """Warns, once, of weights that change while no update applies the penalty, or of steps that pass."""
 
     def __init__(self) -> None:
-        self._idle_steps = 0
+        self._idle_steps = 0  # before the first penalty
+        self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
         self._is_said = False
 
     def look(self, ticket: Ticket, changed: Sequence[str]) -> None:
         """Call it at each scheduler step, with the parameters that have changed without a penalty."""
-        self._idle_steps += not ticket.updates.ever
-        if self._is_said or not (changed or self._idle_steps >= _IDLE_STEPS):
+        if self._is_said:
             return
-        self._is_said = True
-        what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {_IDLE_STEPS:,} times"
+        is_overdue = False
+        if ticket.updates.ever:
+            self._sample = {}
+        else:
+            self._idle_steps += 1
+            if self._idle_steps == 1:
+                self._sample = dict(_sample(ticket))
+            elif self._idle_steps in _LOOKS:  # what is written through .data counts no versions
+                changed = changed or _changed(self._sample, ticket)
+            is_overdue = self._idle_steps >= _IDLE_STEPS or (
+                self._idle_steps >= _LOOKS[-1] and has_steps_elsewhere(ticket)
+            )
+        if not (changed or is_overdue):
+            return
+        self._is_said, self._sample = True, {}
+        what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {self._idle_steps:,} times"
         others = (
             "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
             " optimizer of another library or of another model)"
@@ -40,9 +61,29 @@ class MissingPenalty:
         yet = "" if changed else "if there were any, "
         warnings.warn(
             f"{what}, but no update applied the penalty: {yet}the updates come from {others}. Call rst.apply_penalty()"
-            " after backward(), before each such update.",
+            " after backward(), before each such update; or build the scheduler on the model that is updated.",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def _sample(ticket: Ticket) -> Iterator[tuple[str, Tensor]]:
+    """Two or three weights along each dimension of each parameter: views, so that nothing else is copied."""
+    for managed, parameter in ticket.managed():
+        weight = local(parameter)
+        if weight.numel() and not weight.is_meta:
+            yield managed.name, weight[tuple(slice(None, None, max(1, size // 2)) for size in weight.shape)].clone()
+
+
+def _changed(before: Mapping[str, Tensor], ticket: Ticket) -> list[str]:
+    """The names of parameters of which sampled weights are not what they were. It waits for the device."""
+    return [
+        name
+        for name, now in _sample(ticket)
+        if (then := before.get(name)) is not None
+        and (then.shape, then.device) == (now.shape, now.device)  # not sharded or moved since
+        and not torch.equal(then, now)
+    ]
 
 
 class Unfinished:
