@@ -219,6 +219,8 @@ class RSTScheduler:
     def finalize(self, layout: str = "plain") -> Report:
         """Set the masked weights to zero and keep them at exactly zero from now on. A second call changes nothing.
 
+        An average of the weights that was begun before is another model: ``rst.apply_masks(average)`` masks it.
+
         Args:
             layout: "plain" leaves structure, names and parameters as they are; "prune" goes on to :meth:`to_prune`.
 

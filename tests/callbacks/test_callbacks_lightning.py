@@ -217,6 +217,7 @@ def test_a_callback_used_for_a_second_module(tmp_path):
         torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:this checkpoint is from before")
 def test_states_restored_for_testing_another_module_are_ignored(tmp_path):
     """Lightning restores callbacks for tests and validations too."""
     saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
@@ -333,6 +334,44 @@ def test_two_ranks_agree_with_one_process(tmp_path):
     trained = network()
     trained.load_state_dict(state)
     assert_same(trained, expected)
+
+
+AVERAGES = {
+    "average": lambda: L.callbacks.WeightAveraging(),
+    "ema": lambda: L.callbacks.EMAWeightAveraging(decay=0.9),
+    "swa": lambda: L.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+@pytest.mark.parametrize("ticket_is_first", [True, False])
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_averages_of_the_weights_end_with_zeros(kind, ticket_is_first, tmp_path):
+    """Begun before ``finalize()``, written back through ``.data`` at the end: in the module, and in checkpoints."""
+    callback, average = RSTCallback(**TICKET), AVERAGES[kind]()
+    first, second = (callback, average) if ticket_is_first else (average, callback)
+    module, trainer = fit(first, callbacks=[second], default_root_dir=tmp_path, enable_checkpointing=False)
+    assert_sparse(module, callback)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=False)["state_dict"]
+    for name, kept in callback.scheduler.masks.items():
+        assert torch.equal(saved[name] != 0, kept)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_a_best_checkpoint_from_before_finalize_is_noticed(stage, tmp_path):
+    callback = RSTCallback(**TICKET)
+    checkpoints = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    module, trainer = fit(callback, callbacks=[checkpoints])
+    evaluate = getattr(trainer, stage)
+    Module.validation_step = Module.test_step
+    try:
+        evaluate(module, loader(), ckpt_path=tmp_path / "epoch=3.ckpt", verbose=False, weights_only=False)
+        assert_sparse(module, callback)
+        with pytest.warns(UserWarning, match="from before the masked weights were set to zero: the module is dense"):
+            evaluate(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=False)
+    finally:
+        del Module.validation_step
 
 
 # ---------------------------------------------------------------------- errors and warnings

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
 _installed = False
+_steps_elsewhere = 0
 _lookups: weakref.WeakKeyDictionary[Optimizer, Lookup] = weakref.WeakKeyDictionary()
 
 
@@ -58,9 +59,9 @@ def held_by(ticket: Ticket) -> Iterator[tuple[Optimizer, Batch]]:
         yield from ((optimizer, held) for ref, held, _ in lookup.found if held and ref() is ticket)
 
 
-def has_steps_elsewhere(ticket: Ticket) -> bool:
-    """Whether an optimizer has made a step that has no parameter of the ticket: that of another copy, say."""
-    return len(_lookups) > len({id(optimizer) for optimizer, _ in held_by(ticket)})
+def steps_elsewhere() -> int:
+    """How many steps were made so far by optimizers that have no managed parameter: those of another copy, say."""
+    return _steps_elsewhere
 
 
 class Lookup:
@@ -173,7 +174,9 @@ def _after_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, k
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    global _steps_elsewhere
     found = _find(optimizer)
+    _steps_elsewhere += not found
     for ticket, held in found:
         if ticket.holds:
             ticket.before_update(held)

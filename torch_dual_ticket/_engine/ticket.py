@@ -21,7 +21,7 @@ from .call_stack import in_functional_call
 from .dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
 from .graph_capture import CapturedPenalty
 from .kernels import add_scaled_, add_scaled_all_, clear_, clear_all_
-from .parameter import MARK, ManagedParameter, is_treated, note_treated, stamp_of
+from .parameter import MARK, ManagedParameter, is_treated, note_treated, remove_hook, stamp_of
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -396,8 +396,12 @@ class Ticket:
         self.zero(batch)
         self._update += 1
 
-    def at_forward(self, managed: ManagedParameter, layer: nn.Module) -> None:
-        """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back."""
+    def at_forward(self, managed: ManagedParameter, layer: nn.Module, *, trusts_stamp: bool = True) -> None:
+        """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back.
+
+        What is written through ``.data`` changes no stamp: it is not trusted before a state_dict(), nor at the first
+        forward in another mode, as averages and merged adapters are for evaluation.
+        """
         parameter = managed.tensor()
         if parameter is None and layer is managed.layer() and managed.is_in_place():
             managed.check_present()
@@ -411,7 +415,11 @@ class Ticket:
                 self.zero(Batch([(managed, shard)]))
                 kept = self.mask(managed).draw(device=parameter.device)
                 clear_([(local(parameter).data, kept.view(torch.uint8))])
-        elif self.manual or not managed.is_clean(parameter):
+        elif (
+            self.manual
+            or not managed.is_clean(parameter)
+            or not (trusts_stamp or parameter.is_meta or parameter.is_inference())
+        ):
             self._managed = Batch([])
             is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
             if is_known or not in_functional_call(sys._getframe(1)):
@@ -505,9 +513,11 @@ class Ticket:
 def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None) -> None:
     for occurrence in managed.occurrences:
         layer = occurrence.layer()
-        hooks: dict[int, Any] = {} if layer is None else layer._forward_pre_hooks
-        if occurrence.hook_id != keep_hook and getattr(hooks.get(occurrence.hook_id), "managed", None) is managed:
-            del hooks[occurrence.hook_id]
+        if layer is not None:
+            key = occurrence.hook_id
+            hook = layer._forward_pre_hooks.get(key) or layer._state_dict_pre_hooks.get(key)
+            if getattr(hook, "managed", None) is managed:
+                remove_hook(layer, key, keeps_forward=key == keep_hook)
 
 
 def _gradient_hook(ticket: Ticket, awaited: list[int | None]) -> Callable[[Tensor], None]:

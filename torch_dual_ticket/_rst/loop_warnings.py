@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._engine.dtensor import local
-from .._engine.optimizer_hooks import has_steps_elsewhere
+from .._engine.optimizer_hooks import steps_elsewhere
 from .._engine.ticket import Phase
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class MissingPenalty:
     def __init__(self) -> None:
         self._idle_steps = 0  # before the first penalty
         self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
+        self._elsewhere = 0  # steps of other optimizers until then
         self._is_said = False
 
     def look(self, ticket: Ticket, changed: Sequence[str]) -> None:
@@ -42,12 +43,11 @@ class MissingPenalty:
         else:
             self._idle_steps += 1
             if self._idle_steps == 1:
-                self._sample = dict(_sample(ticket))
+                self._sample, self._elsewhere = dict(_sample(ticket)), steps_elsewhere()
             elif self._idle_steps in _LOOKS:  # what is written through .data counts no versions
                 changed = changed or _changed(self._sample, ticket)
-            is_overdue = self._idle_steps >= _IDLE_STEPS or (
-                self._idle_steps >= _LOOKS[-1] and has_steps_elsewhere(ticket)
-            )
+            follows_others = steps_elsewhere() - self._elsewhere >= self._idle_steps - 1  # each step one of theirs
+            is_overdue = self._idle_steps >= (_LOOKS[-1] if follows_others else _IDLE_STEPS)
         if not (changed or is_overdue):
             return
         self._is_said, self._sample = True, {}
