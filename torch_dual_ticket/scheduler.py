@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,10 @@ from ._engine.layer_hook import manage
 from ._engine.ticket import Phase, Stage, Ticket
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import mask_view, validation
-from ._rst.advice import Advice
+from ._rst.advice import Advice, lever
 from ._rst.loop_warnings import MissingPenalty, Unfinished, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
-from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual
+from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
 from ._rst.schedule import check_integer, make_timeline
 from ._rst.sparse_start import SparseStart
 from .masks.plan import make_plan
@@ -232,7 +233,8 @@ class RSTScheduler:
             ValueError: an unknown layout, or a model that the layout "prune" cannot carry.
 
         Warns:
-            UserWarning: the masked weights still held more than 1 % of the norm, or cycles are outstanding.
+            UserWarning: the masked weights still held more than 1 % of the norm, no update has penalized some of them,
+                or cycles are outstanding.
         """
         if layout not in ("plain", "prune"):
             raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
@@ -245,7 +247,8 @@ class RSTScheduler:
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
             masks = self._plan.masks(self.seed)
             report = measure(ticket, masks)
-            warn_of_residual(report, self._steps, self._timeline)
+            report_on_others = warn_of_unpenalized(ticket, report)
+            warn_of_residual(report_on_others, self._steps, self._timeline, partial(lever, ticket))
             ticket.hold_zeros(masks, self._steps, report)
         if layout == "prune":
             self.to_prune()
