@@ -75,6 +75,7 @@ class RSTScheduler:
         finetune 0.75 96
     """
 
+    @validation.explains_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -98,7 +99,8 @@ class RSTScheduler:
         self._timeline = make_timeline(steps, hold, updates, cycles, max_penalty, schedule)
         given_seed = None if seed is None else check_integer("seed", seed)
         found = find_targets(model, targets, exclude)
-        plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
+        cycles = self._timeline.cycles
+        plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=cycles, stacklevel=4)
         found = [target for target in found if target.name in plan.shapes]
         validation.check_unmanaged(found)
         validation.check_optimizer(optimizer, found)

@@ -219,7 +219,7 @@ def test_adam_on_a_loss_that_is_a_sum_names_the_penalty_at_once():
     early, late = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0)[0]
     assert "make max_penalty about" in early
     assert "make steps" not in early
-    assert "the loss's gradients were larger than the penalty: raise max_penalty" in late
+    assert "The loss's gradients were larger than the penalty: raise max_penalty" in late
     early, _ = trained(lambda p: Adam(p, lr=3e-4), loss_scale=2048.0)[0]
     assert "make max_penalty about" in early
     assert "make steps, hold or lr larger, together" in early

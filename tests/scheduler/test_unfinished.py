@@ -147,6 +147,7 @@ def test_a_process_that_ends_midway(last, times):
     shown = subprocess.run([sys.executable, "-c", END + last], capture_output=True, text=True, timeout=120)
     assert shown.stderr.count(f"{ENDED} 3 of 400 steps") == times
     assert "ignored" not in shown.stderr
+    assert "weakref.py" not in shown.stderr
 
 
 # ---------------------------------------------------------------------- a schedule that fits the training

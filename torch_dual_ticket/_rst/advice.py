@@ -85,21 +85,21 @@ class Advice:
             warnings.warn(message, stacklevel=3)
 
 
-def lever(ticket: Ticket, penalty: float) -> str:
-    """What to change where ``finalize()`` finds too much left under this ceiling of λ. It may wait for the device."""
+def lever(ticket: Ticket) -> str:
+    """What to change where ``finalize()`` finds too much left. It may wait for the device."""
     for optimizer, held in held_by(ticket):
         group = held.groups[0]
         lr, highest = float(group.get("lr", 0.0)), _highest_rate(group)
         if lr < highest / 2:
-            return f"lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high"
+            return f"The lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high"
         samples = _take_samples(ticket, optimizer, held, 0.0) if type(optimizer) in (Adam, AdamW) else []
         for sample in samples:
             sample.sums.wait()
         if samples:
             if _mean(samples, _MOMENTS) < _mean(samples, _SQUARES) / 4:  # no two updates went the same way
-                return "the loss's gradients were larger than the penalty: raise max_penalty"
+                return "The loss's gradients were larger than the penalty: raise max_penalty"
             return "Adam moves a weight by about lr in an update, whatever the penalty: raise steps, hold or lr"
-    return "transform for longer, or with a higher max_penalty or lr"
+    return "Transform for longer, or with a higher max_penalty or lr"
 
 
 def _highest_rate(group: Mapping[str, Any]) -> float:

@@ -109,7 +109,7 @@ class Unfinished:
         warnings.warn(
             f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
             f" zero. To get a sparse model, {advice}. (To give a transformation up there is rst.remove().)",
-            stacklevel=3,
+            stacklevel=4 if sys._getframe(2).f_code.co_name == "_exitfunc" else 3,  # of weakref, at the process's end
         )
 
 

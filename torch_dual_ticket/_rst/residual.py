@@ -164,7 +164,7 @@ def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
     return Report.of(others)
 
 
-def warn_of_residual(report: Report, steps: int, timeline: Timeline, lever: Callable[[float], str]) -> None:
+def warn_of_residual(report: Report, steps: int, timeline: Timeline, lever: Callable[[], str]) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
     if report.total.residual <= MAX_RESIDUAL:
         return
@@ -180,7 +180,7 @@ def warn_of_residual(report: Report, steps: int, timeline: Timeline, lever: Call
     elif timeline.max_penalty == 0:
         advice = "There was no penalty, as max_penalty is 0"
     else:
-        advice = f"λ had reached {timeline.max_penalty:g}, and {lever(timeline.max_penalty)}"
+        advice = f"λ had reached {timeline.max_penalty:g}. {lever()}"
     warnings.warn(
         f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero. {advice}",
         stacklevel=3,

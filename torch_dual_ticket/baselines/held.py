@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from ..masks.explicit import ExplicitMask
 from ..masks.plan import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
@@ -130,6 +131,8 @@ def random_ticket(
 def _find_masked(model: nn.Module, masks: Mapping[str, Tensor], types: Sequence[TargetType]) -> list[Target]:
     """The parameters that these masks, by parameter name, are for; errors as of :func:`hold`."""
     check_model(model)
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks go from parameter names to bool tensors, True = kept; got {type(masks).__name__}")
     if not masks:
         raise ValueError("there is nothing to hold: masks is empty")
     for name, mask in masks.items():

@@ -5,21 +5,23 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from .._rst.schedule import make_timeline
+from .._rst.schedule import check_integer, make_timeline
+from ..masks.distributions import check_distribution, validate_sparsity
+from ..masks.patterns import implied_sparsity
 from ..scheduler import RSTScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
     from .._rst.residual import Report
 
 _DEFAULT_FRACTION = 0.5
 _TIMELINE = ("steps", "hold", "updates", "cycles", "max_penalty", "schedule")
+_MASKS = ("sparsity", "pattern", "distribution", "seed")
 
 
 def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> None:
@@ -35,6 +37,14 @@ def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> No
     if given.arguments["updates"] is not None:
         raise ValueError("the trainer knows how many updates it makes: give finalize_at in place of updates")
     make_timeline(*itemgetter(*_TIMELINE)(given.arguments))
+    sparsity, pattern, distribution, seed = itemgetter(*_MASKS)(given.arguments)
+    for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+        if value is not None:
+            validate_sparsity(value)
+    implied_sparsity(pattern)
+    check_distribution(distribution)
+    if seed is not None:
+        check_integer("seed", seed)
     if finalize_at is None:
         return
     if isinstance(finalize_at, bool) or not isinstance(finalize_at, (int, float)) or not 0 < finalize_at <= 1:

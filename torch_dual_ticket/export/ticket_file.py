@@ -18,6 +18,8 @@ from . import checksum
 from .encoding import decode, describe, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..scheduler import RSTScheduler
 
 _VERSION = 1
@@ -92,8 +94,9 @@ def load_ticket(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_ticket(path, model) takes a torch.nn.Module to load into, got {type(model).__name__}")
     current = _state_of(model)
-    saved, scheduler_state = _read(path)
-    _check_fits(saved, current, f"{os.fspath(path)} does not fit this {type(model).__name__}")
+    problem = f"{os.fspath(path)} does not fit this {type(model).__name__}"
+    saved, scheduler_state = _read(path, {key: tuple(tensor.shape) for key, tensor in current.items()}, problem)
+    _check_fits(saved, current, problem)
     inner = _unwrapped(model)
     with torch.no_grad():
         new = {
@@ -133,9 +136,18 @@ def read_ticket(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _read(path)[0]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The dense state_dict and the scheduler's state."""
+def _read(
+    path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]] | None = None, problem: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The dense state_dict and the scheduler's state; other ``shapes`` than those given are a ``problem``."""
     tensors, description = checksum.read(path)
+    try:
+        described = {key: tuple(entry["shape"]) for key, entry in description["state_dict"].items() if "shape" in entry}
+    except (AttributeError, KeyError, TypeError):
+        described = {}  # decode() says what is wrong
+    for key, shape in (shapes or {}).items():  # before a mask is drawn: a small file can describe a large tensor
+        if described.get(key, shape) != shape:
+            raise ValueError(f"{problem}: {key} has shape {described[key]} in the file, {shape} here")
     try:
         if description["version"] != _VERSION:
             raise ValueError(f"its version is {description['version']!r}, and this release reads version {_VERSION}")
