@@ -16,17 +16,18 @@ from ._rst import mask_view, validation
 from ._rst.advice import Advice, lever
 from ._rst.loop_warnings import MissingPenalty, Unfinished, patience
 from ._rst.ranks import agree_on_seed, check_not_joined, world_size
-from ._rst.residual import Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
+from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
 from ._rst.schedule import check_integer, make_timeline
 from ._rst.sparse_start import SparseStart
+from .masks.explicit import ExplicitMask
 from .masks.plan import make_plan
+from .masks.seeded import SeededMask
 from .prune import check_stock_layout, to_stock_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ._model.targets import TargetType
-    from .masks.seeded import SeededMask
 
 
 class RSTScheduler:
@@ -381,3 +382,9 @@ def release(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"release() takes a torch.nn.Module, got {type(model).__name__}: give the model itself")
     layer_hook.release(model)
+
+
+# So that torch.load(..., weights_only=True) takes a whole model as it does without a scheduler.
+torch.serialization.add_safe_globals(
+    [layer_hook.LayerHook, layer_hook.NoOpHook, Ticket, Stage, Phase, Report, LayerReport, SeededMask, ExplicitMask]
+)

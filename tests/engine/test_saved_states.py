@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from torch_dual_ticket import RSTScheduler, release
-from torch_dual_ticket.baselines import random_ticket
+from torch_dual_ticket.baselines import hold, magnitude_masks, random_ticket
 
 SHAPE = INPUT_SHAPES[mlp]
 
@@ -220,3 +220,31 @@ def test_to_prune_leaves_states_to_torch():
     model, rst, _ = finalized()
     rst.to_prune()
     assert not any(module._state_dict_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("make_model", [finalized, in_transformation, lambda: (m := make(mlp), random_ticket(m, 0.7))])
+def test_a_whole_model_loads_with_weights_only(make_model):
+    """With the classes of the model itself allowed, as without a scheduler; its zeros are held."""
+    model, rst = make_model()[:2]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.Tanh]):
+        loaded = torch.load(file, weights_only=True)
+    for mine, its in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    if getattr(rst, "phase", "finetune") == "finetune":
+        update(loaded, torch.optim.SGD(loaded.parameters(), lr=0.05), 0)
+        assert_has_zeros(loaded.state_dict(), rst.masks)
+
+
+def test_a_model_with_explicit_masks_loads_with_weights_only():
+    model = make(mlp)
+    held = hold(model, magnitude_masks(model, 0.7))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.Tanh]):
+        loaded = torch.load(file, weights_only=True)
+    swaps_in_an_average(loaded)
+    assert_has_zeros(loaded.state_dict(), held.masks)

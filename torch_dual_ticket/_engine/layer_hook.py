@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ class LayerHook(prune.BasePruningMethod):
         layer, owner = here.layer(), here.owner()
         place = (layer, here.tensor_name, layer if owner is None else owner, here.attribute, here.hook_id)
         state = self.ticket, managed.name, self.ticket.mask(managed), place, managed.tensor()
-        return LayerHook.__new__, (LayerHook,), state
+        return copyreg.__newobj__, (LayerHook,), state  # type: ignore[attr-defined]  # as weights_only=True allows
 
     def __setstate__(self, state: Any) -> None:
         self.ticket, name, mask, place, parameter = state
