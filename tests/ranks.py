@@ -149,7 +149,7 @@ def _in_group(rank: int, world: int, store: str, test: Callable[[], None]) -> No
             warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
             warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
             # As in pyproject.toml.
-            warnings.filterwarnings("ignore", message="with lr=.*will leave|the masked weights come to rest")
+            warnings.filterwarnings("ignore", message="with lr=.*will leave|a transformation ended at")
             test()
         if dist.is_initialized():
             dist.barrier()  # or the slower rank would miss the faster one

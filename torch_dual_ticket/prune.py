@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ._engine.ticket import Ticket
 
 
-class RandomUnstructured(prune.RandomUnstructured):
+_Stock = prune.RandomUnstructured  # by the name in torch there may be the class below
+
+
+class RandomUnstructured(_Stock):
     """Prune (currently unpruned) entries of a tensor at random, from a seed.
 
     It takes the place of :class:`torch.nn.utils.prune.RandomUnstructured`: same signature, same number of entries
@@ -40,7 +43,8 @@ class RandomUnstructured(prune.RandomUnstructured):
         amount: what to prune. A float in [0, 1] is the fraction, rounded to a whole number of entries as Python's
             ``round`` does; an int is that number of entries.
         seed: any int; or None to draw one from torch's global CPU generator for every mask, so that
-            ``torch.manual_seed`` makes it reproducible.
+            ``torch.manual_seed`` makes it reproducible. Give one where several ranks train replicas: their generators
+            may differ, and the replicas would drift apart.
 
     Raises:
         TypeError: ``amount`` is not a real number, or ``seed`` not an int.
@@ -106,7 +110,7 @@ class RandomUnstructured(prune.RandomUnstructured):
             The hook: this method, or the ``PruningContainer`` that combines it with earlier ones.
         """
         with _unchanged_on_error(module):
-            stock_apply = super(prune.RandomUnstructured, cls).apply
+            stock_apply = super(_Stock, cls).apply
             hook: prune.BasePruningMethod = stock_apply(  # type: ignore[no-untyped-call]
                 module, name, amount=amount, seed=seed
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +16,18 @@ from ._model.coverage import warn_of_coverage
 from ._model.masked import find_masked
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
-from ._rst.advice import Advice
+from ._rst.advice import Advice, lever
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
-from ._rst.loop_warnings import MissingPenalty, patience
+from ._rst.loop_warnings import MissingPenalty, Unfinished, patience
 from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
-from ._rst.residual import measure, warn_of_outstanding, warn_of_residual
-from ._rst.schedule import Timeline, check_integer, resolve
+from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
+from ._rst.schedule import check_integer, make_timeline
+from ._rst.sparse_start import SparseStart
 from ._tables import Table, TableInNotebooks
+from .masks.explicit import ExplicitMask
 from .masks.plan import make_plan
+from .masks.seeded import SeededMask
 from .prune import check_stock_layout
 
 if TYPE_CHECKING:
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._model.targets import TargetType
-    from ._rst.residual import Report
     from .masks.mask import Mask
     from .masks.plan import Plan
 
@@ -50,8 +53,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         sparsity: fraction of weights removed from each layer, in [0, 1). A mapping goes from :mod:`fnmatch` patterns of
             module names to sparsities: the first match wins, what is not matched stays dense. None: 0.9, or what
             ``pattern`` implies.
-        steps: calls of :meth:`step` over which λ rises (in each cycle).
-        hold: calls after that with λ at its ceiling (in each cycle).
+        steps: calls of :meth:`step` over which λ rises (in each cycle). None: 10,000, or as ``updates`` says.
+        hold: calls after that with λ at its ceiling (in each cycle). None: 0, or as ``updates`` says.
         max_penalty: the ceiling of λ.
         schedule: "linear", "quadratic", "cubic", or a function from progress (0…1) to the fraction of the ceiling.
         cycles: more than 1 for iterative RST: nested masks that reach ``1 - (1 - sparsity)**(c/cycles)`` in cycle c.
@@ -68,6 +71,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             ticket and not a random one. Parameters without a mask stay dense. It takes the place of ``sparsity``,
             ``pattern``, ``distribution``, ``seed``, ``targets`` and ``exclude``, and there is one cycle. Give every
             rank the full masks, and the same ones; after a restart the last ones.
+        updates: in place of ``steps`` and ``hold``, the updates of the whole training: the transformation takes a
+            quarter of them (all cycles together), with a fifth of that as ``hold``.
         store_masks: False computes the masks from the seed at each use: slow, but saves a byte of memory per weight.
 
     Raises:
@@ -92,13 +97,14 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         finetune 0.75 96
     """
 
+    @validation.explains_arguments
     def __init__(
         self,
         model: nn.Module,
         sparsity: float | Mapping[str, float] | None = None,
         *,
-        steps: int = 10_000,
-        hold: int = 0,
+        steps: int | None = None,
+        hold: int | None = None,
         max_penalty: float = 1.0,
         schedule: str | Callable[[float], float] = "linear",
         cycles: int = 1,
@@ -109,16 +115,18 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         seed: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        updates: int | None = None,
         store_masks: bool = True,
     ) -> None:
         check_model(model)
-        self._timeline = Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
+        self._timeline = make_timeline(steps, hold, updates, cycles, max_penalty, schedule)
         given_seed = None if seed is None else check_integer("seed", seed)
         plan: Plan | None = None
         final: Mapping[str, Mask]
         if masks is None:
             found = find_targets(model, targets, exclude)
-            plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=self._timeline.cycles)
+            cycles = self._timeline.cycles
+            plan = make_plan(found, sparsity, distribution=distribution, pattern=pattern, cycles=cycles, stacklevel=4)
             if targets is DEFAULT_TARGETS:
                 warn_of_coverage(model, found, exclude)
             found = [target for target in found if target.name in plan.shapes]
@@ -145,12 +153,12 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
                 first, final = plan.masks(agreed, cycle=0), plan.masks(agreed)
             validation.check_directions(found, final)
         if plan is None:
-            warn_of_emptied(final)
-        warn_of_constant_outputs(model, found, final)
+            warn_of_emptied(final, stacklevel=4)
+        warn_of_constant_outputs(model, found, final, stacklevel=4)
         self._plan, self._model, self._advice = plan, model, Advice(self._timeline)
         self._seed_is_given, self._ranks = plan is None or given_seed is not None, world_size()
         penalty = self._timeline.penalty(0)
-        self._missing_penalty = MissingPenalty()
+        self._missing_penalty, self._sparse_start = MissingPenalty(), SparseStart()
         self._ticket = Ticket(
             model,
             first,
@@ -158,8 +166,10 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             optimizer=optimizer,
             stores_masks=store_masks,
             patience=patience(self._timeline.total),
+            before_first=self._sparse_start.count,
         )
         manage(self._ticket, found)
+        self._unfinished = Unfinished(self, self._ticket, self._timeline.total)
         self._ticket.stage = Stage(Phase.TRANSFORM, first, penalty)  # from here on it is penalized, and not before
 
     # -- the schedule --------------------------------------------------------------------------------------------------
@@ -188,6 +198,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         changed = ticket.begin_step()
         ticket.transform(masks, penalty, steps)
         self._missing_penalty.look(ticket, changed)
+        self._sparse_start.speak(ticket)
         self._advice.speak()
 
     def _step_in_force(self) -> None:
@@ -259,12 +270,19 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         """
         with torch.no_grad():
             if not self._ticket.apply_penalty() and self._ticket.parameters:
-                raise RuntimeError("apply_penalty() found no gradient on any target; call it after loss.backward()")
+                raise RuntimeError(
+                    "apply_penalty() found no gradient on any target; call it after loss.backward(). DeepSpeed keeps"
+                    " gradients elsewhere: with ZeRO 1 and 2 set p.grad = safe_get_full_grad(p).to(p.dtype), of"
+                    " deepspeed.utils, before the call; after it grad, p.grad = p.grad, None and safe_set_full_grad(p,"
+                    " grad)."
+                )
 
     # -- the end of the transformation ---------------------------------------------------------------------------------
 
     def finalize(self, layout: str = "plain") -> Report:
         """Set the masked weights to zero and keep them at exactly zero from now on. A second call changes nothing.
+
+        An average of the weights that was begun before is another model: ``rst.apply_masks(average)`` masks it.
 
         Args:
             layout: "plain" leaves structure, names and parameters as they are; "prune" goes on to :meth:`to_prune`.
@@ -277,7 +295,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             ValueError: an unknown layout, or a model that the layout "prune" cannot carry.
 
         Warns:
-            UserWarning: the masked weights still held more than 1 % of the norm, or cycles are outstanding.
+            UserWarning: the masked weights still held more than 1 % of the norm, no update has penalized some of them,
+                or cycles are outstanding.
         """
         if layout not in ("plain", "prune"):
             raise ValueError(f"unknown layout {layout!r:.60}; allowed are 'plain' and 'prune'")
@@ -290,7 +309,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             warn_of_outstanding(self._cycle + 1, self._timeline.cycles)
             masks = self._final_masks()
             report = measure(ticket, masks)
-            warn_of_residual(report, self._steps, self._timeline)
+            report_on_others = warn_of_unpenalized(ticket, report)
+            warn_of_residual(report_on_others, self._steps, self._timeline, partial(lever, ticket))
             ticket.hold_zeros(masks, self._steps, report)
         if layout == "prune":
             self.to_prune()
@@ -310,6 +330,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
         layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
+        if not self._ticket.holds:
+            layers = f"masks for {layers}, not applied yet"
         masks = "explicit masks" if self.seed is None else f"seed={self.seed}"
         return f"{type(self).__name__}({self.phase}{cycle}: {schedule}, {layers}, {masks})"
 
@@ -389,3 +411,9 @@ def release(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"release() takes a torch.nn.Module, got {type(model).__name__}: give the model itself")
     layer_hook.release(model)
+
+
+# So that torch.load(..., weights_only=True) takes a whole model as it does without a scheduler.
+torch.serialization.add_safe_globals(
+    [layer_hook.LayerHook, layer_hook.NoOpHook, Ticket, Stage, Phase, Report, LayerReport, SeededMask, ExplicitMask]
+)

@@ -305,6 +305,12 @@ def test_other_objects_than_modules_are_refused(call):
         call(dict(make(mlp).state_dict()))
 
 
+@pytest.mark.parametrize("given", [3, [torch.ones(2)], "masks"])
+def test_masks_without_names_are_refused(given):
+    with pytest.raises(TypeError, match="masks go from parameter names to bool tensors"):
+        hold(nn.Linear(2, 2), given)
+
+
 def test_a_refused_random_ticket_draws_no_seed():
     model, layer = make(mlp), parametrizations.weight_norm(nn.Linear(4, 3))
     random_ticket(model, 0.5, seed=0)
@@ -340,6 +346,7 @@ def test_managed_parameters_are_refused():
     ("options", "error", "message"),
     [
         ({"sparsity": 1.0}, ValueError, "must lie in"),
+        ({"rounds": 10**30}, ValueError, "rounds must be an integer of at least 1 and at most 1,000"),
         ({"sparsity": 0.0}, ValueError, "nothing to prune"),
         ({"sparsity": 0.0, "distribution": "global"}, ValueError, "nothing to prune"),
         ({"sparsity": {"0": 0.5}, "distribution": "global"}, ValueError, "give a number"),

@@ -230,6 +230,7 @@ def test_a_callback_used_for_a_second_module(tmp_path):
         torch.testing.assert_close(value, finished[name], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:this checkpoint is from before")
 def test_states_restored_for_testing_another_module_are_ignored(tmp_path):
     """Lightning restores callbacks for tests and validations too."""
     saving = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
@@ -270,7 +271,7 @@ def test_logs_through_the_logger_of_the_trainer():
     assert len(residuals) == EPOCHS
     assert residuals[0] > callback.report.total.residual
     assert residuals[1:] == [0, 0, 0]
-    assert [row["rst/sparsity"] for row in rows if "rst/sparsity" in row] == pytest.approx([0.8] * EPOCHS)
+    assert [row["rst/sparsity"] for row in rows if "rst/sparsity" in row] == pytest.approx([0, 0.8, 0.8, 0.8])
     assert "rst/penalty" in trainer.progress_bar_metrics
 
 
@@ -348,6 +349,44 @@ def test_two_ranks_agree_with_one_process(tmp_path):
     assert_same(trained, expected)
 
 
+AVERAGES = {
+    "average": lambda: L.callbacks.WeightAveraging(),
+    "ema": lambda: L.callbacks.EMAWeightAveraging(decay=0.9),
+    "swa": lambda: L.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+@pytest.mark.parametrize("ticket_is_first", [True, False])
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_averages_of_the_weights_end_with_zeros(kind, ticket_is_first, tmp_path):
+    """Begun before ``finalize()``, written back through ``.data`` at the end: in the module, and in checkpoints."""
+    callback, average = RSTCallback(**TICKET), AVERAGES[kind]()
+    first, second = (callback, average) if ticket_is_first else (average, callback)
+    module, trainer = fit(first, callbacks=[second], default_root_dir=tmp_path, enable_checkpointing=False)
+    assert_sparse(module, callback)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=False)["state_dict"]
+    for name, kept in callback.scheduler.masks.items():
+        assert torch.equal(saved[name] != 0, kept)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_a_best_checkpoint_from_before_finalize_is_noticed(stage, tmp_path):
+    callback = RSTCallback(**TICKET)
+    checkpoints = L.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    module, trainer = fit(callback, callbacks=[checkpoints])
+    evaluate = getattr(trainer, stage)
+    Module.validation_step = Module.test_step
+    try:
+        evaluate(module, loader(), ckpt_path=tmp_path / "epoch=3.ckpt", verbose=False, weights_only=False)
+        assert_sparse(module, callback)
+        with pytest.warns(UserWarning, match="from before the masked weights were set to zero: the module is dense"):
+            evaluate(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=False)
+    finally:
+        del Module.validation_step
+
+
 # ---------------------------------------------------------------------- errors and warnings
 
 
@@ -359,8 +398,14 @@ def test_two_ranks_agree_with_one_process(tmp_path):
         ({"finalize_at": True}, ValueError, "got True"),
         ({"finalize_at": "half"}, ValueError, "got 'half'"),
         ({"finalize_at": 0.5, "steps": 10}, ValueError, "give one"),
-        ({"cycles": 0}, ValueError, "cycles must be an integer of at least 1, got 0"),
-        ({"steps": None}, TypeError, "steps must be an integer of at least 1, got None"),
+        ({"cycles": 0}, ValueError, "cycles must be an integer of at least 1 and at most 1,000, got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer of at least 1, got 1.5"),
+        ({"sparsity": 2}, ValueError, r"sparsity must lie in \[0, 1\), got 2"),
+        ({"sparsity": {"net.0": "half"}}, TypeError, "sparsity must be a number"),
+        ({"pattern": "2-4"}, ValueError, "unknown pattern '2-4'"),
+        ({"distribution": "erdos"}, ValueError, "unknown distribution 'erdos'"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got 'a'"),
+        ({"updates": 100}, ValueError, "give finalize_at in place of updates"),
         ({"schedule": "quadratik"}, ValueError, "did you mean 'quadratic'"),
     ],
 )

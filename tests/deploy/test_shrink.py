@@ -415,6 +415,12 @@ def test_example_inputs_of_several_kinds():
         torch.testing.assert_close(small(x, scale)["out"], model(x, scale)["out"])
 
 
+@pytest.mark.parametrize("given", [None, 3, "x", (), {"x": 1}])
+def test_example_inputs_without_a_tensor_are_refused(given):
+    with pytest.raises(TypeError, match=r"example_inputs is a tensor, a tuple of .* without any tensor"):
+        shrink(nn.Linear(2, 2), given)
+
+
 def test_bad_input():
     model = built(lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):

@@ -268,6 +268,23 @@ def test_zeros_are_in_what_is_saved_right_after_finalize():
     assert_zero(model, rst.masks)
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+@on_two_ranks
+def test_zeros_are_in_what_is_saved_whatever_has_written_to_the_shards(evaluated):
+    model = shard(make(uneven_mlp), "nested")
+    rst = RSTScheduler(model, sparsity=0.6, steps=STEPS)
+    half_loss(model, 0, dist.get_rank()).backward()
+    sgd(model.parameters()).step()
+    finalize_quietly(rst)
+    for parameter in model.parameters():
+        parameter.data.to_local().fill_(1.0)
+    if evaluated:
+        evaluate(model)
+    saved = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    for name, kept in rst.masks.items():
+        assert torch.equal(saved[name] != 0, kept)
+
+
 @on_two_ranks
 def test_another_model_is_left_as_it_is():
     """It may be in the middle of its forward."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lives import assert_same_life, updates
 from models import INPUT_SHAPES, finalize_quietly, loss_of, make, mlp
-from torch import nn
+from torch import Tensor, nn
 
 from torch_dual_ticket import RSTScheduler
 
@@ -31,8 +31,8 @@ class Momentum:
 class MasterWeights:
     """Updates a copy in another precision, and copies it back."""
 
-    def __init__(self, parameters):
-        self.parameters = list(parameters)
+    def __init__(self, parameters, through_data=False):
+        self.parameters, self.through_data = list(parameters), through_data
         self.masters = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
         self.optimizer = torch.optim.SGD(self.masters, lr=0.05)
 
@@ -42,7 +42,7 @@ class MasterWeights:
             master.grad = parameter.grad.clone()
         self.optimizer.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.copy_(master)
+            (parameter.data if self.through_data else parameter).copy_(master)
 
 
 @pytest.mark.parametrize("through_data", [False, True], ids=["in-place", "through-data"])
@@ -230,15 +230,80 @@ def test_a_missing_penalty_is_noticed_at_once(name):
         rst.finalize()
 
 
-def test_a_missing_penalty_that_leaves_no_trace_is_noticed_after_a_while():
+class SlowStart:
+    """Accumulates gradients, or skips updates for infinities, before the first update through ``.data``."""
+
+    def __init__(self, optimizer, idle):
+        self.optimizer, self.idle, self.calls = optimizer, idle, 0
+
+    def step(self):
+        self.calls += 1
+        if self.calls > self.idle:
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "noticed_at"),
+    [
+        (lambda model: Momentum(model.parameters(), through_data=True), 5),
+        (lambda model: MasterWeights(model.parameters(), through_data=True), 5),
+        (lambda model: SlowStart(Momentum(model[2:].parameters(), through_data=True), 7), 20),
+        (lambda model: SlowStart(Momentum(model.parameters(), through_data=True), 70), 100),
+    ],
+    ids=["in-place", "master-weights", "later and in one layer", "much later"],
+)
+def test_a_missing_penalty_that_leaves_no_trace_is_noticed_by_its_weights(make_optimizer, noticed_at):
     """Through ``.data``, not even the versions of the weights change."""
     model = make(mlp)
-    optimizer = Momentum(model.parameters(), through_data=True)
+    optimizer = make_optimizer(model)
     rst = RSTScheduler(model, sparsity=0.5)
-    with pytest.warns(
-        UserWarning, match=r"step\(\) was called 1,000 times, but no .*: if there were any, the updates come"
-    ):
-        train_without_apply_penalty(model, optimizer, rst, 1000)
+    train_without_apply_penalty(model, optimizer, rst, noticed_at - 1)
+    with pytest.warns(UserWarning, match=r"2\.weight.* changed, but no update applied the penalty: the updates come"):
+        train_without_apply_penalty(model, optimizer, rst, 1)
+    train_without_apply_penalty(model, optimizer, rst, 120)  # it is said once
+
+
+def test_an_optimizer_of_another_copy_is_noticed():
+    """Nothing changes in this one."""
+    model, other = make(mlp), make(mlp)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5)
+
+    def train(count):
+        for index in range(count):
+            loss_of(other, index, SHAPE).backward()
+            optimizer.step()
+            rst.step()
+
+    train(99)
+    with pytest.warns(UserWarning, match=r"step\(\) was called 100 times, but .* on the model that is updated"):
+        train(1)
+
+
+def test_steps_without_any_update_are_noticed_after_a_while():
+    rst = RSTScheduler(make(mlp), sparsity=0.5)
+    for _ in range(999):
+        rst.step()
+    with pytest.warns(UserWarning, match=r"step\(\) was called 1,000 times, but no .*: if there were any, the updates"):
+        rst.step()
+
+
+@pytest.mark.parametrize("accumulated", [7, 30, 90])
+def test_nothing_is_said_where_the_first_update_is_late(accumulated):
+    """With a scheduler step for each batch: the weights are as they were."""
+    model = make(mlp)
+    optimizer = SlowStart(torch.optim.SGD(model.parameters(), lr=0.05), accumulated)
+    rst = RSTScheduler(model, sparsity=0.5)
+    train_without_apply_penalty(model, optimizer, rst, accumulated + 3)
+    assert rst.progress == 3 / 10_000
+
+
+def test_a_loop_that_is_fine_reads_no_weights(monkeypatch):
+    """Not even one, as the host would wait for the device."""
+    monkeypatch.setattr(torch, "equal", None)
+    monkeypatch.setattr(Tensor, "clone", None)
+    model = make(mlp)
+    train_without_apply_penalty(model, torch.optim.SGD(model.parameters(), lr=0.05), RSTScheduler(model, 0.5), 101)
 
 
 def test_an_optimizer_of_another_library_that_takes_over_is_noticed():

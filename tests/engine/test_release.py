@@ -298,6 +298,7 @@ def test_release_takes_off_a_scheduler(phase, handle):
     lives_as_a_plain_model(model, *handles)
 
 
+@pytest.mark.filterwarnings("ignore:.*exactly zero before the first update")  # it has the zeros of the old one
 @pytest.mark.parametrize("phase", ["transform", "finetune"])
 def test_a_released_model_takes_a_new_scheduler_and_the_old_one_does_nothing(phase):
     model, other = twins(mlp)
@@ -390,6 +391,7 @@ def end_by_collection(rst: RSTScheduler) -> None:
     put_in_a_cycle(rst)
 
 
+@pytest.mark.filterwarnings("ignore:.*exactly zero before the first update")  # with the zeros of those before
 @pytest.mark.parametrize(
     "end", [end_by_remove, end_by_dropping, end_by_remove_after_finalize, end_by_collection], ids=lambda f: f.__name__
 )

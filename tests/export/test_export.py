@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,7 @@ from torch.nn.utils import parametrizations, prune
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.export import checksum, load_ticket, read_ticket, save_ticket
+from torch_dual_ticket.masks.seeded import SeededMask
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 complex_modules_are_meant = pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
@@ -816,3 +818,37 @@ for call in (torch_dual_ticket.export.read_ticket, lambda path: torch_dual_ticke
 
 def test_only_calls_need_safetensors_and_say_how_to_install_it():
     subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], check=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced(path):
+    rst = finalized(make(mlp))
+    save_ticket(rst, os.devnull)
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    pipe = path.with_suffix(".pipe")
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        received = pool.submit(pipe.read_bytes)
+        save_ticket(rst, pipe)
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+    save_ticket(rst, path)
+    assert received.result() == path.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_a_file_that_is_replaced_keeps_its_mode(path):
+    rst = finalized(make(mlp))
+    for mode in (0o600, 0o664):
+        path.write_bytes(b"before")
+        path.chmod(mode)
+        save_ticket(rst, path)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        path.unlink()
+
+
+def test_other_shapes_are_refused_before_a_mask_is_drawn(path, monkeypatch):
+    """A few hundred bytes can describe a tensor of any size."""
+    save_ticket(finalized(make(mlp)), path)
+    monkeypatch.setattr(SeededMask, "draw", None)
+    with pytest.raises(ValueError, match=r"0.weight has shape \(20, 12\) in the file, \(2, 3\) here"):
+        load_ticket(path, nn.Sequential(nn.Linear(3, 2)))

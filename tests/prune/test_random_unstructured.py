@@ -575,3 +575,9 @@ def test_every_entry_has_the_same_chance(first_seed, n):
     total = sum(RandomUnstructured(pruned, first_seed + i).compute_mask(ones, ones) for i in range(draws))
     p = 1 - pruned / n
     assert bool(((total - draws * p).abs() <= 6 * (draws * p * (1 - p)) ** 0.5 + 1e-3).all())
+
+
+def test_in_the_place_of_the_class_of_torch(monkeypatch):
+    monkeypatch.setattr(prune, "RandomUnstructured", RandomUnstructured)
+    for function in (random_unstructured, prune.random_unstructured):
+        assert int((function(nn.Linear(4, 4), "weight", amount=0.5).weight == 0).sum()) == 8

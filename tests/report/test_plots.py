@@ -123,6 +123,12 @@ def test_layers_with_long_names():
     assert_readable(figure)
 
 
+@pytest.mark.parametrize("given", [None, 3, nn.Linear(2, 2)])
+def test_what_is_no_history_is_refused(given):
+    with pytest.raises(TypeError, match=r"plot\(\) takes a History of a scheduler, got \w+: plot\(History\(rst\)\)"):
+        plot(given)
+
+
 def test_an_empty_history_is_refused():
     with pytest.raises(ValueError, match=r"nothing to plot: call history\.record\(\)"):
         plot(History(Loop(make(mlp)).rst))

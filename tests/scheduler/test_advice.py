@@ -120,7 +120,7 @@ def test_predicts_what_no_penalty_of_adam_can_reach(make_optimizer, store_masks)
     """Weights up to 1/√80 = 0.112, and 0.05 to move."""
     left, [message] = shrunk_by_adam(make_optimizer, 50, store_masks=store_masks)
     assert "with lr=0.001, 45 more updates will leave" in message
-    said = number(message, "will leave ", "%") / 100
+    said = number(message, "will leave about ", "%") / 100
     assert left == pytest.approx(said, abs=0.1)
     assert said == pytest.approx(((0.107 - 0.045) / 0.107) ** 1.5, abs=0.05)  # of evenly distributed weights
     left, messages = shrunk_by_adam(make_optimizer, round(50 * number(message, "together ", " times")))
@@ -139,7 +139,7 @@ def test_it_is_the_masked_weights_that_count():
 
 def test_outliers_count():
     left, [message] = shrunk_by_adam(torch.optim.Adam, 200, edit=lambda weight: weight[:2].mul_(10))
-    assert left == pytest.approx(number(message, "will leave ", "%") / 100, abs=0.1)
+    assert left == pytest.approx(number(message, "will leave about ", "%") / 100, abs=0.1)
     assert number(message, "together ", " times") == pytest.approx(10 * 0.1118 / 0.18, rel=0.1)
 
 
@@ -154,7 +154,7 @@ def test_layers_count_by_their_size():
             model[1].weight.uniform_(-0.1, 0.1)
         rst = RSTScheduler(model, sparsity=0.5, seed=0, steps=100)
         [message] = advised(rst, model, torch.optim.Adam(model.parameters(), lr=5e-4), updates=20)
-        return number(message, "will leave ", "%") / 100
+        return number(message, "will leave about ", "%") / 100
 
     alone = said(10)
     squares_alone, squares_within = 500 * 0.095**2 / 3, 1e6 * 0.005**2 / 6  # after a movement of 0.005
@@ -165,7 +165,7 @@ def test_layers_count_by_their_size():
 def test_half_precision():
     layer, rst = ticket(torch.nn.Linear(80, 100, bias=False, dtype=torch.bfloat16))
     [message] = advised(rst, layer, torch.optim.Adam(layer.parameters(), lr=2e-4), updates=12)
-    assert number(message, "will leave ", "%") == pytest.approx(100 * (1 - 0.018 / 0.11) ** 1.5, abs=4)
+    assert number(message, "will leave about ", "%") == pytest.approx(100 * (1 - 0.018 / 0.11) ** 1.5, abs=4)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -187,7 +187,91 @@ def test_long_rows_layers_without_updates_and_scalars():
         optimizer.step()
         messages += warnings_of(rst)
     [(message, _)] = messages
-    assert number(message, "will leave ", "%") in (99, 100)
+    assert number(message, "will leave about ", "%") in (99, 100)
+
+
+# ---------------------------------------------------------------------- all that stands in the way
+
+
+def trained(make_optimizer, *, loss_scale=1.0, schedule=None, updates=80, **options):
+    """What is said in a training with a loss, and at its end."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 32))
+    rst = RSTScheduler(model, sparsity=0.9, seed=0, steps=updates * 3 // 4, hold=updates // 4, **options)
+    optimizer = make_optimizer(model.parameters())
+    rates = schedule(optimizer) if schedule else None
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(updates):
+            x = torch.randn(64, 32)
+            optimizer.zero_grad()
+            (loss_scale * torch.nn.functional.mse_loss(model(x), x.sin())).backward()
+            optimizer.step()
+            rst.step()
+            if rates:
+                rates.step()
+        report = rst.finalize()
+    return [str(warning.message) for warning in found], report.total.residual
+
+
+def test_adam_on_a_loss_that_is_a_sum_names_the_penalty_at_once():
+    """Not the time first, which is enough here, nor alone where it is too short as well."""
+    early, late = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0)[0]
+    assert "make max_penalty about" in early
+    assert "make steps" not in early
+    assert "The loss's gradients were larger than the penalty: raise max_penalty" in late
+    early, _ = trained(lambda p: Adam(p, lr=3e-4), loss_scale=2048.0)[0]
+    assert "make max_penalty about" in early
+    assert "make steps, hold or lr larger, together" in early
+
+
+def test_what_was_said_of_a_sum_helps():
+    (early, _), before = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0)
+    factor = number(early, "max_penalty about ", " times")
+    messages, after = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0, max_penalty=factor)
+    assert after < before / 3
+    assert not any("make max_penalty" in message for message in messages)
+
+
+@pytest.mark.parametrize("make_optimizer", [lambda p: Adam(p, lr=3e-3), lambda p: torch.optim.AdamW(p, lr=3e-3)])
+def test_a_loss_that_is_a_mean_is_no_obstacle(make_optimizer):
+    messages, residual = trained(make_optimizer)
+    assert not any("make max_penalty" in message for message in messages)
+    assert residual < 0.05
+
+
+def test_a_warm_up_that_lasts_longer_than_the_transformation_is_named_by_its_lever():
+    """OneCycleLR: no weight gets there, whatever the penalty. Foreseeing that would need the schedule itself."""
+    schedule = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=400)  # noqa: E731
+    for max_penalty in (1.0, 10.0, 100.0):
+        [late], residual = trained(
+            lambda p: torch.optim.AdamW(p, lr=2e-3), schedule=schedule, updates=100, max_penalty=max_penalty
+        )
+        assert residual > 0.3
+        assert "whatever the penalty: raise steps, hold or lr" in late
+
+
+@pytest.mark.parametrize("make_optimizer", [lambda p: SGD(p, lr=0.5), lambda p: Adam(p, lr=2e-3)], ids=["SGD", "Adam"])
+def test_a_rate_that_has_fallen_is_named_as_the_lever(make_optimizer):
+    schedule = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # noqa: E731
+    messages, _ = trained(make_optimizer, schedule=schedule)
+    assert "transform for longer, or while lr is high" in messages[-1]
+
+
+def test_where_a_higher_penalty_would_diverge_it_is_not_among_the_levers():
+    layer, rst = ticket(max_penalty=1.0, steps=20)
+    [message] = advised(rst, layer, SGD(layer.parameters(), lr=0.15), updates=20)
+    assert "Make steps, hold, max_penalty or lr larger, together 2.9 times" in message
+    layer, rst = ticket(max_penalty=5.0, steps=2)
+    [message] = advised(rst, layer, SGD(layer.parameters(), lr=0.38), updates=2)
+    assert "Make steps or hold (lr times max_penalty must stay below 2) larger, together 1.6 times" in message
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(42, True), (47, False)])
+def test_the_threshold_is_that_of_finalize(steps, warns):
+    """exp(-0.2 · steps / 2) is 1 % after 46 steps."""
+    layer, rst = ticket(steps=steps)
+    assert len(advised(rst, layer, SGD(layer.parameters(), lr=0.2), updates=steps)) == warns
 
 
 # ---------------------------------------------------------------------- silence where it is not sure

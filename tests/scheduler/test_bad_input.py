@@ -1,5 +1,6 @@
 """Input that cannot be used: the right type of error, the culprit and the remedy in it, and nothing changed."""
 
+import inspect
 import re
 from collections import OrderedDict
 
@@ -135,7 +136,31 @@ CONSTRUCTIONS = {
     "steps-bool": (plain, {"steps": True}, TypeError, "steps must be an integer of at least 1, got the bool True"),
     "hold-negative": (plain, {"hold": -1}, ValueError, "hold must be an integer of at least 0, got -1"),
     "hold-text": (plain, {"hold": "1"}, TypeError, "hold must be an integer of at least 0, got '1'"),
-    "cycles-zero": (plain, {"cycles": 0}, ValueError, "cycles must be an integer of at least 1, got 0"),
+    "no-total_steps": (
+        plain,
+        {"total_steps": 9},
+        TypeError,
+        r"'total_steps': did you mean steps .or updates",
+    ),
+    "no-amount": (plain, {"amount": 0.5}, TypeError, "no argument 'amount': did you mean sparsity"),
+    "no-excludes": (plain, {"excludes": ["0"]}, TypeError, "no argument 'excludes': did you mean exclude"),
+    "no-colour": (plain, {"colour": 1}, TypeError, "no argument 'colour': Allowed are model, sparsity, steps, hold"),
+    "updates-and-steps": (plain, {"updates": 400, "steps": 9}, ValueError, "updates=400 and steps=9 both say"),
+    "updates-and-hold": (plain, {"updates": 400, "hold": 0}, ValueError, "updates=400 and hold=0 both say"),
+    "updates-too-few": (
+        plain,
+        {"updates": 7, "cycles": 2},
+        ValueError,
+        "updates must be .* at least 8, got 7",
+    ),
+    "updates-float": (plain, {"updates": 1e5}, TypeError, "updates must be an integer of at least 4, got 100000.0"),
+    "cycles-huge": (plain, {"cycles": 10**30}, ValueError, "at least 1 and at most 1,000, got 10000"),
+    "cycles-zero": (
+        plain,
+        {"cycles": 0},
+        ValueError,
+        "cycles must be .* at least 1 and at most 1,000, got 0",
+    ),
     "max_penalty-negative": (plain, {"max_penalty": -1.0}, ValueError, "max_penalty must .* at least 0, got -1.0"),
     "max_penalty-nan": (plain, {"max_penalty": float("nan")}, ValueError, "max_penalty must be a finite .* got nan"),
     "max_penalty-bool": (plain, {"max_penalty": True}, TypeError, "max_penalty must be a finite .* got True"),
@@ -303,3 +328,21 @@ def test_construction_refuses_and_changes_nothing(case, seed):
         RSTScheduler(model, **{"seed": seed, "sparsity": 0.9 if "pattern" not in arguments else None, **arguments})
 
     assert snapshot(*modules) == before
+
+
+def test_arguments_without_a_name():
+    with pytest.raises(TypeError, match=r"got 3 arguments without a name.*RSTScheduler\(model, 0.5, steps=1000\)"):
+        RSTScheduler(plain(), 0.5, 1000)
+    with pytest.raises(TypeError, match="missing a required argument: 'model'"):
+        RSTScheduler()
+
+
+def test_the_signature_is_what_it_says():
+    names = [*inspect.signature(RSTScheduler).parameters]
+    assert names[:3] == ["model", "sparsity", "steps"]
+
+
+def test_a_warning_of_the_constructor_points_to_its_call():
+    with pytest.warns(UserWarning, match="rounds to all") as caught:
+        RSTScheduler(nn.Linear(2, 1), 0.9)
+    assert caught[0].filename == __file__

@@ -120,8 +120,8 @@ def test_repr_says_where_it_is_on_one_screen(build, cycles):
     assert len(text) < 240
     assert "\n" not in text
     layers = sum(isinstance(layer, nn.Linear) for layer in model.modules())
-    reached = rst.sparsity
-    for part in ("transform", f"0% of {4 * cycles} ", "λ=0.5", f"{layers} layers at {reached:.2%}", "seed=7"):
+    masks = f"masks for {layers} layers at {rst.sparsity:.2%} sparsity, not applied yet"
+    for part in ("transform", f"0% of {4 * cycles} ", "λ=0.5", masks, "seed=7"):
         assert part in text
     assert ("cycle 1 of 3" in text) is (cycles == 3)
 

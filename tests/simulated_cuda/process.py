@@ -89,7 +89,7 @@ def _serve(library: Path, connection: Connection) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 # As in pyproject.toml.
-                warnings.filterwarnings("ignore", message="with lr=.*will leave|the masked weights come to rest")
+                warnings.filterwarnings("ignore", message="with lr=.*will leave|a transformation ended at")
                 test(**arguments)
         except BaseException:  # pytest.fail() raises no Exception
             connection.send(traceback.format_exc())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .call_stack import name_to_prune
 from .optimizer_hooks import register, tickets
-from .parameter import ManagedParameter, WeakOccurrence
+from .parameter import ManagedParameter, WeakOccurrence, remove_hook
 from .ticket import Phase
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class LayerHook(prune.BasePruningMethod):
     """Registered with the ticket, as compiled code ignores hooks that are added later; idle until ``finalize()``."""
 
     PRUNING_TYPE = "unstructured"
+    _was_training: bool | None = None  # at the last forward: where that changes, weights are exchanged or merged
 
     def __init__(self, ticket: Ticket, managed: ManagedParameter, occurrence: Any) -> None:
         layer, name, attribute = occurrence.layer, occurrence.tensor_name, occurrence.attribute
@@ -33,21 +35,28 @@ class LayerHook(prune.BasePruningMethod):
         managed.occurrences.append(self._occurrence)
         # Before the hooks of the older weight_norm and spectral_norm, which compute the weight from this parameter.
         self._occurrence.hook_id = layer.register_forward_pre_hook(self, prepend=attribute != name).id
+        layer._state_dict_pre_hooks[self._occurrence.hook_id] = self
 
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: Any, keep_vars: bool | None = None) -> None:
+        """Before a forward; and before a state_dict(), which alone gives ``keep_vars``."""
         if is_compiling():  # first: compiled code would be made anew where what follows changes
             return
         ticket = self.ticket
         if ticket.stage.phase is not Phase.FINETUNE or ticket.is_released:
             return
+        if keep_vars is not None:
+            if self.managed.tensor() is not None:
+                ticket.at_forward(self.managed, module, trusts_stamp=False)
+            return
         parameter = module._parameters.get(self._occurrence.tensor_name)
-        if type(parameter) is nn.Parameter and not ticket.manual:  # the common case, passed more often than any other
+        is_same_mode, self._was_training = self._was_training is module.training, module.training
+        if is_same_mode and type(parameter) is nn.Parameter and not ticket.manual:  # the common case, passed most often
             try:
                 if self.managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version):
                     return
             except RuntimeError:  # made in inference mode: it has no version
                 pass
-        ticket.at_forward(self.managed, module)
+        ticket.at_forward(self.managed, module, trusts_stamp=is_same_mode)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 
@@ -87,7 +96,7 @@ class LayerHook(prune.BasePruningMethod):
         layer, owner = here.layer(), here.owner()
         place = (layer, here.tensor_name, layer if owner is None else owner, here.attribute, here.hook_id)
         state = self.ticket, managed.name, self.ticket.mask(managed), place, managed.tensor()
-        return LayerHook.__new__, (LayerHook,), state
+        return copyreg.__newobj__, (LayerHook,), state  # type: ignore[attr-defined]  # as weights_only=True allows
 
     def __setstate__(self, state: Any) -> None:
         self.ticket, name, mask, place, parameter = state
@@ -107,7 +116,7 @@ class LayerHook(prune.BasePruningMethod):
 class NoOpHook:
     """Stands in a copy where the original has its hook."""
 
-    def __call__(self, module: nn.Module, inputs: Any) -> None: ...
+    def __call__(self, module: nn.Module, inputs: Any, keep_vars: bool | None = None) -> None: ...
 
 
 def manage(ticket: Ticket, targets: Iterable[Any]) -> None:
@@ -123,7 +132,7 @@ def manage(ticket: Ticket, targets: Iterable[Any]) -> None:
             for key, hook in list(occurrence.layer._forward_pre_hooks.items()):
                 is_ours = isinstance(hook, LayerHook) and hook.ticket is not ticket
                 if isinstance(hook, NoOpHook) or (is_ours and hook.ticket.phase is Phase.IDLE):
-                    del occurrence.layer._forward_pre_hooks[key]
+                    remove_hook(occurrence.layer, key)
             LayerHook(ticket, managed, occurrence)
         parameters.append(managed)
     ticket.parameters = tuple(parameters)
@@ -143,7 +152,7 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, NoOpHook):
-                del module._forward_pre_hooks[key]
+                remove_hook(module, key)
 
 
 def managed_parameters() -> set[int]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
 _installed = False
+_steps_elsewhere = 0
 _lookups: weakref.WeakKeyDictionary[Optimizer, Lookup] = weakref.WeakKeyDictionary()
 
 
@@ -56,6 +57,11 @@ def held_by(ticket: Ticket) -> Iterator[tuple[Optimizer, Batch]]:
     """The optimizers that have made a step with parameters of the ticket, and what they have of it."""
     for optimizer, lookup in list(_lookups.items()):
         yield from ((optimizer, held) for ref, held, _ in lookup.found if held and ref() is ticket)
+
+
+def steps_elsewhere() -> int:
+    """How many steps were made so far by optimizers that have no managed parameter: those of another copy, say."""
+    return _steps_elsewhere
 
 
 class Lookup:
@@ -168,7 +174,9 @@ def _after_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, k
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    global _steps_elsewhere
     found = _find(optimizer)
+    _steps_elsewhere += not found
     for ticket, held in found:
         if ticket.holds:
             ticket.before_update(held, optimizer)

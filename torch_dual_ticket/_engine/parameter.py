@@ -152,6 +152,13 @@ def is_converted(parameter: Tensor) -> bool:
     return is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter)
 
 
+def remove_hook(layer: nn.Module, hook_id: int, *, keeps_forward: bool = False) -> None:
+    """Take a hook of ours off a layer: before its forward and before its state_dict()."""
+    layer._state_dict_pre_hooks.pop(hook_id, None)
+    if not keeps_forward:
+        layer._forward_pre_hooks.pop(hook_id, None)
+
+
 def stamp_of(parameter: Tensor) -> tuple[int, int, int]:
     """Changes with the tensor, its memory and its values; ``.data = …`` changes the memory alone."""
     if type(parameter) is nn.Parameter:

@@ -20,7 +20,7 @@ from .batch import Batch
 from .call_stack import in_functional_call
 from .gradient_hook import GradientHook
 from .graph_capture import CapturedPenalty
-from .parameter import MARK, ManagedParameter, is_treated, note_treated, stamp_of
+from .parameter import MARK, ManagedParameter, is_treated, note_treated, remove_hook, stamp_of
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Ticket:
         optimizer: Optimizer | None = None,
         stores_masks: bool = True,
         patience: int = 0,
+        before_first: Callable[[Ticket], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
@@ -85,6 +86,7 @@ class Ticket:
         self._versions: dict[str, int] = {}  # at the last scheduler step, of what had not been penalized before it
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
+        self._before_first = before_first  # called once, before the first update
         self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
         self._gradient_hook = GradientHook(self._on_gradients)
         self.kept: Any = None  # where the kept weights are trained alone: it takes the gradients, and none is masked
@@ -257,6 +259,8 @@ class Ticket:
         # First: where an update cannot be captured, nothing is drawn, and nothing changed.
         given = (grad for _, parameter in batch if (grad := parameter.grad) is not None)
         factor = self._captured.factor(given, self.stage.penalty)
+        if self._before_first is not None and self.serial == 0:
+            self._before_first(self)
         grads: list[Tensor] = []  # of simple parameters, in the order of these three
         weights: list[Tensor] = []
         gone: list[Tensor] = []
@@ -369,8 +373,12 @@ class Ticket:
         self.zero(batch)
         self._update += 1
 
-    def at_forward(self, managed: ManagedParameter, layer: nn.Module) -> None:
-        """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back."""
+    def at_forward(self, managed: ManagedParameter, layer: nn.Module, *, trusts_stamp: bool = True) -> None:
+        """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back.
+
+        What is written through ``.data`` changes no stamp: it is not trusted before a state_dict(), nor at the first
+        forward in another mode, as averages and merged adapters are for evaluation.
+        """
         parameter = managed.tensor()
         if parameter is None and layer is managed.layer() and managed.is_in_place():
             managed.check_present()
@@ -384,7 +392,11 @@ class Ticket:
                 self.zero(Batch([(managed, shard)]))
                 kept = self.mask(managed).draw(device=parameter.device)
                 clear_([(local(parameter).data, kept.view(torch.uint8))])
-        elif self.manual or not managed.is_clean(parameter):
+        elif (
+            self.manual
+            or not managed.is_clean(parameter)
+            or not (trusts_stamp or parameter.is_meta or parameter.is_inference())
+        ):
             managed.check_kind(parameter)
             self._managed = Batch([])
             is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
@@ -475,6 +487,8 @@ class Ticket:
 def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None) -> None:
     for occurrence in managed.occurrences:
         layer = occurrence.layer()
-        hooks: dict[int, Any] = {} if layer is None else layer._forward_pre_hooks
-        if occurrence.hook_id != keep_hook and getattr(hooks.get(occurrence.hook_id), "managed", None) is managed:
-            del hooks[occurrence.hook_id]
+        if layer is not None:
+            key = occurrence.hook_id
+            hook = layer._forward_pre_hooks.get(key) or layer._state_dict_pre_hooks.get(key)
+            if getattr(hook, "managed", None) is managed:
+                remove_hook(layer, key, keeps_forward=key == keep_hook)

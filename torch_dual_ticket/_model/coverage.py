@@ -70,7 +70,7 @@ def warn_of_coverage(model: nn.Module, targets: Sequence[Target], exclude: Seque
     warnings.warn(
         f"only {1 - size_left / size:.0%} of the weights will be pruned: the default targets do not include {shares}."
         f" To prune those too, give targets=({', '.join(types)}){also}; to leave them dense, name them in exclude.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..masks.mask import Mask
 
 
-def warn_of_emptied(masks: Mapping[str, Mask]) -> None:
+def warn_of_emptied(masks: Mapping[str, Mask], *, stacklevel: int = 3) -> None:
     """Warn, on behalf of whoever puts explicit masks in force, of layers that lose all; the plan warns of others."""
     emptied = [name for name, mask in masks.items() if 0 < math.prod(mask.shape) == mask.pruned_weights]
     if emptied:
@@ -27,11 +27,13 @@ def warn_of_emptied(masks: Mapping[str, Mask]) -> None:
         warnings.warn(
             f"the mask keeps no weight of {emptied[0]}{others}: nothing will go through it. Give no mask for it, which"
             " leaves it dense (as where a layer begins with zeros), or one that keeps some of its weights.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
-def warn_of_constant_outputs(model: nn.Module, targets: Sequence[Target], masks: Mapping[str, Mask]) -> None:
+def warn_of_constant_outputs(
+    model: nn.Module, targets: Sequence[Target], masks: Mapping[str, Mask], *, stacklevel: int = 3
+) -> None:
     """Warn, on behalf of a constructor, where whole filters are masked of what seems to be the last layer.
 
     That is the one that the model registers last, if no layer has as many inputs as it has outputs: where one has, the
@@ -48,5 +50,5 @@ def warn_of_constant_outputs(model: nn.Module, targets: Sequence[Target], masks:
             f"pattern='filter' masks {mask.pruned} of the {mask.units} outputs of {last.layer_name or 'the model'}: if"
             " these are the outputs of the whole model, they will be constant. Leave the layer dense with"
             f" exclude=[{last.layer_name!r}].",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

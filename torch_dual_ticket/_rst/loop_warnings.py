@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._engine.optimizer_hooks import steps_elsewhere
+from .._engine.ticket import Phase
+from .._tensors.dtensor import local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
     from .._engine.ticket import Ticket
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
+_LOOKS = (5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
 class MissingPenalty:
     """Warns, once, of weights that change while no update applies the penalty, or of steps that pass."""
 
     def __init__(self) -> None:
-        self._idle_steps = 0
+        self._idle_steps = 0  # before the first penalty
+        self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
+        self._elsewhere = 0  # steps of other optimizers until then
         self._is_said = False
 
     def look(self, ticket: Ticket, changed: Sequence[str]) -> None:
         """Call it at each scheduler step, with the parameters that have changed without a penalty."""
-        self._idle_steps += not ticket.updates.ever
-        if self._is_said or not (changed or self._idle_steps >= _IDLE_STEPS):
+        if self._is_said:
             return
-        self._is_said = True
-        what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {_IDLE_STEPS:,} times"
+        is_overdue = False
+        if ticket.updates.ever:
+            self._sample = {}
+        else:
+            self._idle_steps += 1
+            if self._idle_steps == 1:
+                self._sample, self._elsewhere = dict(_sample(ticket)), steps_elsewhere()
+            elif self._idle_steps in _LOOKS:  # what is written through .data counts no versions
+                changed = changed or _changed(self._sample, ticket)
+            follows_others = steps_elsewhere() - self._elsewhere >= self._idle_steps - 1  # each step one of theirs
+            is_overdue = self._idle_steps >= (_LOOKS[-1] if follows_others else _IDLE_STEPS)
+        if not (changed or is_overdue):
+            return
+        self._is_said, self._sample = True, {}
+        what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {self._idle_steps:,} times"
         others = (
             "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
             " optimizer of another library or of another model)"
@@ -36,8 +61,55 @@ class MissingPenalty:
         yet = "" if changed else "if there were any, "
         warnings.warn(
             f"{what}, but no update applied the penalty: {yet}the updates come from {others}. Call rst.apply_penalty()"
-            " after backward(), before each such update.",
+            " after backward(), before each such update; or build the scheduler on the model that is updated.",
             stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _sample(ticket: Ticket) -> Iterator[tuple[str, Tensor]]:
+    """Two or three weights along each dimension of each parameter: views, so that nothing else is copied."""
+    for managed, parameter in ticket.managed():
+        weight = local(parameter)
+        if weight.numel() and not weight.is_meta:
+            yield managed.name, weight[tuple(slice(None, None, max(1, size // 2)) for size in weight.shape)].clone()
+
+
+def _changed(before: Mapping[str, Tensor], ticket: Ticket) -> list[str]:
+    """The names of parameters of which sampled weights are not what they were. It waits for the device."""
+    return [
+        name
+        for name, now in _sample(ticket)
+        if (then := before.get(name)) is not None
+        and (then.shape, then.device) == (now.shape, now.device)  # not sharded or moved since
+        and not torch.equal(then, now)
+    ]
+
+
+class Unfinished:
+    """Warns, once, of a transformation that was begun and never finalized: when its scheduler, or the process, ends."""
+
+    def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
+        self._ticket, self._total = ticket, total
+        self.is_said = False
+        weakref.finalize(scheduler, self._say)  # of a copy there is none
+
+    def _say(self) -> None:
+        ticket, steps = self._ticket, self._ticket.stage.steps
+        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and ticket.updates.ever and steps
+        # Where an exception ended the training, the user knows: one that is handled now, or has reached the top.
+        if not is_begun or self.is_said or sys.exc_info()[1] or getattr(sys, "last_value", None):
+            return
+        self.is_said = True
+        advice = (
+            "give updates=N, the number of updates of your training, in place of steps and hold, or choose them smaller"
+            if steps < self._total
+            else "call rst.finalize() when rst.done says so"
+        )
+        warnings.warn(
+            f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
+            f" zero. To get a sparse model, {advice}. (To give a transformation up there is rst.remove().)",
+            stacklevel=4 if sys._getframe(2).f_code.co_name == "_exitfunc" else 3,  # of weakref, at the process's end
         )
 
 

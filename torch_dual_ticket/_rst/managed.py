@@ -58,8 +58,7 @@ class ManagedMasks:
     @property
     def sparsity(self) -> float:
         """The fraction of masked weights over all that have a mask; by the masks that apply now."""
-        masks = self._masks().values()
-        return sum(mask.pruned_weights for mask in masks) / max(1, sum(math.prod(mask.shape) for mask in masks))
+        return sparsity_of(self._masks())
 
     def apply_masks(self, model: nn.Module) -> None:
         """Set the masked weights of another model of the same structure to zero, such as an EMA copy begun before.
@@ -119,6 +118,12 @@ class ManagedMasks:
         check_directions(found, explicit)
         agree_on_masks(explicit, self._model)
         return explicit
+
+
+def sparsity_of(masks: Mapping[str, Mask]) -> float:
+    """The fraction of masked weights over all that have a mask."""
+    total = sum(math.prod(mask.shape) for mask in masks.values())
+    return sum(mask.pruned_weights for mask in masks.values()) / max(1, total)
 
 
 class MaskView(Mapping[str, Tensor]):

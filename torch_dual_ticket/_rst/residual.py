@@ -13,7 +13,7 @@ from .._tables import Table, TableInNotebooks, as_text, percent, terminal_width
 from .._tensors.dtensor import placement, sum_over_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -147,7 +147,29 @@ def measure(ticket: Ticket, masks: Mapping[str, Mask] | None = None) -> Report:
     return take_measurement(ticket, masks).read()
 
 
-def warn_of_residual(report: Report, steps: int, timeline: Timeline) -> None:
+def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
+    """Warn, on behalf of finalize(), of parameters that no update has penalized; returns a report on the others."""
+    missed = {managed.name for managed in ticket.parameters if managed.penalized_at < 0}
+    others = [layer for layer in report.layers if layer.name not in missed]
+    cut = [layer.name for layer in report.layers if layer.name in missed and layer.residual > 0]
+    if not (cut and others):  # after a restart it is not known
+        return report
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in cut))
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in modules))
+    if not {layer.name.partition(".")[0] for layer in others}.intersection(tops):
+        modules = tops
+    shown = [", ".join(names[:3]) + (", …" if names[3:] else "") for names in (cut, list(map(repr, modules)))]
+    warnings.warn(
+        f"{shown[0]} got no penalty in any update, and what the masked weights knew is cut."
+        " No optimizer has them, or the loss has not used them. Leave them dense with"
+        f" exclude=[{shown[1]}]; or, if they are an average or a copy of another part (a target network), build the"
+        " scheduler on that part, and after finalize() mask the copy with rst.apply_masks(copy).",
+        stacklevel=3,
+    )
+    return Report.of(others)
+
+
+def warn_of_residual(report: Report, steps: int, timeline: Timeline, lever: Callable[[], str]) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
     if report.total.residual <= MAX_RESIDUAL:
         return
@@ -163,7 +185,7 @@ def warn_of_residual(report: Report, steps: int, timeline: Timeline) -> None:
     elif timeline.max_penalty == 0:
         advice = "There was no penalty, as max_penalty is 0"
     else:
-        advice = f"λ had reached {timeline.max_penalty:g}: transform for longer, or with a higher max_penalty or lr"
+        advice = f"λ had reached {timeline.max_penalty:g}. {lever()}"
     warnings.warn(
         f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero. {advice}",
         stacklevel=3,

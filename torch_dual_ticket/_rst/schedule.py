@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+DEFAULT_STEPS = 10_000  # the paper's
+MAX_CYCLES = 1_000  # each has masks and a plan
 SCHEDULES = {"linear": 1, "quadratic": 2, "cubic": 3}  # exponents of progress; the paper's is linear
 
 
@@ -87,8 +89,9 @@ class Timeline:
     schedule: Callable[[float], float]
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("hold", 0), ("cycles", 1)):  # plain integers, which any format can save
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), at_least=least))
+        # Plain integers, which any format can save.
+        for name, least, most in (("steps", 1, None), ("hold", 0, None), ("cycles", 1, MAX_CYCLES)):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), at_least=least, at_most=most))
         problem = f"max_penalty must be a finite number of at least 0, got {self.max_penalty!r}"
         if isinstance(self.max_penalty, bool) or not isinstance(self.max_penalty, Real):
             raise TypeError(f"{problem} (a {type(self.max_penalty).__name__})")
@@ -115,15 +118,48 @@ class Timeline:
         return self.max_penalty * self.schedule(min(1.0, (within + 1) / self.steps))
 
 
-def check_integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """An integer, not a bool, of at least a bound."""
+def make_timeline(
+    steps: int | None,
+    hold: int | None,
+    updates: int | None,
+    cycles: int,
+    max_penalty: float,
+    schedule: str | Callable[[float], float],
+) -> Timeline:
+    """The timeline that the arguments of a scheduler describe.
+
+    Given the ``updates`` of the whole training, all cycles together take a quarter of them, a fifth of that as hold.
+
+    >>> timeline = make_timeline(None, None, 20_000, 1, 1.0, "linear")
+    >>> timeline.steps, timeline.hold
+    (4000, 1000)
+    """
+    shape = resolve(schedule)
+    if updates is None:
+        return Timeline(
+            DEFAULT_STEPS if steps is None else steps, 0 if hold is None else hold, cycles, max_penalty, shape
+        )
+    for name, value in (("steps", steps), ("hold", hold)):
+        if value is not None:
+            raise ValueError(
+                f"updates={updates!r} and {name}={value!r} both say how long the transformation is: give updates (of"
+                " the whole training, of which it takes a quarter), or steps and hold"
+            )
+    cycles = check_integer("cycles", cycles, at_least=1, at_most=MAX_CYCLES)
+    per_cycle = check_integer("updates", updates, at_least=4 * cycles) // (4 * cycles)
+    return Timeline(per_cycle - per_cycle // 5, per_cycle // 5, cycles, max_penalty, shape)
+
+
+def check_integer(name: str, value: Any, at_least: int | None = None, at_most: int | None = None) -> int:
+    """An integer, not a bool, within bounds."""
     allowed = "an integer" if at_least is None else f"an integer of at least {at_least}"
+    allowed += "" if at_most is None else f" and at most {at_most:,}"
     if isinstance(value, bool):
         raise TypeError(f"{name} must be {allowed}, got the bool {value}")
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be {allowed}, got {value!r} (a {type(value).__name__})") from None
-    if at_least is not None and number < at_least:
+    if (at_least is not None and number < at_least) or (at_most is not None and number > at_most):
         raise ValueError(f"{name} must be {allowed}, got {number}")
     return number

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch.optim import Optimizer
@@ -15,7 +18,7 @@ from .loop_warnings import warn_of_lost_layers
 from .residual import LayerReport, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
@@ -24,6 +27,45 @@ if TYPE_CHECKING:
     from ..masks.mask import Mask
 
 STATE_VERSION = 1
+P = ParamSpec("P")
+
+
+_MEANT = {
+    "amount": "sparsity",
+    "total_steps": "steps (or updates, of the whole training)",
+    "num_steps": "steps (or updates, of the whole training)",
+    "num_training_steps": "updates",
+    "max_steps": "updates",
+    "penalty": "max_penalty",
+    "ignore": "exclude",
+    "params": "model (the module itself)",
+}
+
+
+def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Where the arguments do not fit, the error names those that do."""
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            inspect.signature(init).bind(*args, **kwargs)
+        except TypeError as error:
+            names = [*inspect.signature(init).parameters][1:]
+            unknown = next((name for name in kwargs if name not in names), None)
+            if unknown is not None:
+                close = get_close_matches(unknown, names, n=1)
+                meant = _MEANT.get(unknown) or (close[0] if close else None)
+                hint = f"did you mean {meant}? " if meant else ""
+                raise TypeError(f"there is no argument {unknown!r}: {hint}Allowed are {', '.join(names)}") from None
+            if len(args) > 3:
+                raise TypeError(
+                    f"got {len(args) - 1} arguments without a name, and only model and sparsity may be: give the others"
+                    f" by name, as in RSTScheduler(model, {args[2]!r:.20}, steps={args[3]!r:.20})"
+                ) from None
+            raise TypeError(f"RSTScheduler(model, sparsity, ...): {error}") from None
+        init(*args, **kwargs)
+
+    return checked
 
 
 def check_unmanaged(targets: list[Target]) -> None:

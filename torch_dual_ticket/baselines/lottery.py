@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._rst.cut_warnings import warn_of_emptied
-from .._rst.schedule import check_integer
+from .._rst.schedule import MAX_CYCLES, check_integer
 from .._rst.validation import check_directions, check_unmanaged
 from ..masks.explicit import ExplicitMask
 from ..masks.records import of_state
@@ -73,7 +73,7 @@ class LotteryTicket:
         targets: Sequence[TargetType] = DEFAULT_TARGETS,
         exclude: Sequence[str] = (),
     ) -> None:
-        self.rounds = check_integer("rounds", rounds, at_least=1)
+        self.rounds = check_integer("rounds", rounds, at_least=1, at_most=MAX_CYCLES)
         self.round = 0
         found = find_targets(model, targets, exclude)
         self._counts = rounds_of_counts(found, sparsity, distribution, self.rounds)

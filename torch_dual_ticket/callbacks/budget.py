@@ -5,21 +5,23 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from .._rst.schedule import Timeline, resolve
+from .._rst.schedule import check_integer, make_timeline
+from ..masks.distributions import check_distribution, validate_sparsity
+from ..masks.patterns import implied_sparsity
 from ..scheduler import RSTScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
     from .._rst.residual import Report
 
 _DEFAULT_FRACTION = 0.5
-_TIMELINE = ("steps", "hold", "cycles", "max_penalty", "schedule")
+_TIMELINE = ("steps", "hold", "updates", "cycles", "max_penalty", "schedule")
+_MASKS = ("sparsity", "pattern", "distribution", "seed")
 
 
 def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> None:
@@ -30,15 +32,24 @@ def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> No
     ...
     ValueError: finalize_at must be a fraction of the training in (0, 1], got 1.5
     """
-    given = inspect.signature(RSTScheduler).bind(None, **{"steps": 1, **settings})
+    given = inspect.signature(RSTScheduler).bind(None, **settings)
     given.apply_defaults()
-    steps, hold, cycles, max_penalty, schedule = itemgetter(*_TIMELINE)(given.arguments)
-    Timeline(steps, hold, cycles, max_penalty, resolve(schedule))
+    if given.arguments["updates"] is not None:
+        raise ValueError("the trainer knows how many updates it makes: give finalize_at in place of updates")
+    make_timeline(*itemgetter(*_TIMELINE)(given.arguments))
+    sparsity, pattern, distribution, seed = itemgetter(*_MASKS)(given.arguments)
+    for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+        if value is not None:
+            validate_sparsity(value)
+    implied_sparsity(pattern)
+    check_distribution(distribution)
+    if seed is not None:
+        check_integer("seed", seed)
     if finalize_at is None:
         return
     if isinstance(finalize_at, bool) or not isinstance(finalize_at, (int, float)) or not 0 < finalize_at <= 1:
         raise ValueError(f"finalize_at must be a fraction of the training in (0, 1], got {finalize_at!r}")
-    if "steps" in settings:
+    if settings.get("steps") is not None:
         raise ValueError(
             f"finalize_at={finalize_at} and steps={settings['steps']} both say how long the transformation is: give one"
         )
@@ -56,8 +67,8 @@ def fitted(updates: float, finalize_at: float | None, settings: Mapping[str, Any
     >>> fitted(math.inf, None, {"steps": 300})
     {'steps': 300}
     """
-    hold, cycles = settings.get("hold", 0), settings.get("cycles", 1)
-    if "steps" in settings:
+    hold, cycles = settings.get("hold") or 0, settings.get("cycles", 1)
+    if settings.get("steps") is not None:
         needed = cycles * (settings["steps"] + hold)
         if needed > updates:
             warnings.warn(
@@ -106,10 +117,16 @@ class TrainerTicket:
         rst = self.scheduler
         return None if rst is None or rst.phase == "transform" else rst.finalize()
 
+    def _sparsity(self) -> float:
+        """Of the weights, not of masks that are not applied yet."""
+        rst = self._started()
+        return rst.sparsity if rst.phase == "finetune" else 0.0
+
     def _warn_if_unfinished(self) -> None:
         """At the end of a training, if the model is not sparse."""
         rst = self.scheduler
         if rst is not None and rst.phase == "transform":
+            rst._unfinished.is_said = True
             warnings.warn(
                 f"the training ended at {rst.progress:.0%} of the transformation: no weight was set to zero. Resume it"
                 " from its checkpoint, or call the callback's scheduler.finalize() to mask the weights now.",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .budget import TrainerTicket
 
@@ -36,7 +39,8 @@ class RSTCallback(TrainerTicket, Callback):
 
     λ is logged as ``rst/penalty`` (and shown in the progress bar), and at the end of each epoch ``rst/residual`` and
     ``rst/sparsity``. A "best" checkpoint can be from before the masked weights were set to zero. To load it, monitor
-    something that is only logged when ``scheduler.phase`` is "finetune".
+    something that is only logged when ``scheduler.phase`` is "finetune". Averages of Lightning's own callbacks
+    (``WeightAveraging``, ``EMAWeightAveraging``, ``StochasticWeightAveraging``) are masked with the module.
 
     Args:
         sparsity: as for :class:`~torch_dual_ticket.RSTScheduler`.
@@ -64,6 +68,7 @@ class RSTCallback(TrainerTicket, Callback):
         super().__init__(finalize_at, {"sparsity": sparsity, **settings})
         self._loaded: dict[str, Any] | None = None  # a state that was loaded before the scheduler was built
         self._awaits_state = True  # False while another module is tested
+        self._trains = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called in every stage, before the state of a checkpoint is loaded."""
@@ -71,6 +76,7 @@ class RSTCallback(TrainerTicket, Callback):
             self.scheduler = self._model = None
         self._loaded = None
         self._awaits_state = stage == "fit" or self._model is pl_module
+        self._trains = stage == "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module, trainer.estimated_stepping_batches)
@@ -84,12 +90,16 @@ class RSTCallback(TrainerTicket, Callback):
         rst.step()
         if rst.done and rst.phase == "transform":
             report = rst.finalize()
+            for callback in trainer.callbacks:  # averages of Lightning's that were begun before: from now on of zeros
+                average = getattr(callback, "_average_model", None)
+                if isinstance(average, nn.Module):
+                    rst.apply_masks(average)
             if trainer.progress_bar_callback is not None:
                 trainer.progress_bar_callback.print(f"{rst} masked {report.total.residual:.2%} of the norm")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rst = self._started()
-        self.log_dict({"rst/residual": rst.residual(), "rst/sparsity": rst.sparsity})
+        self.log_dict({"rst/residual": rst.residual(), "rst/sparsity": self._sparsity()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._warn_if_unfinished()
@@ -99,6 +109,14 @@ class RSTCallback(TrainerTicket, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.scheduler is not None and self._awaits_state:
+            was = self.scheduler.phase
             self.scheduler.load_state_dict(state_dict)
+            if not self._trains and self.scheduler.phase == "transform" != was:
+                warnings.warn(
+                    "this checkpoint is from before the masked weights were set to zero: the module is dense again. For"
+                    ' a "best" checkpoint that is sparse, monitor something that is only logged when scheduler.phase of'
+                    ' the callback is "finetune".',
+                    stacklevel=2,
+                )
         elif self._awaits_state:
             self._loaded = state_dict

@@ -91,7 +91,11 @@ class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):
     ) -> None:
         if "loss" in logs:  # not at an evaluation, or at the end
             rst = self._started()
-            values = {"rst/penalty": self._last_penalty, "rst/residual": rst.residual(), "rst/sparsity": rst.sparsity}
+            values = {
+                "rst/penalty": self._last_penalty,
+                "rst/residual": rst.residual(),
+                "rst/sparsity": self._sparsity(),
+            }
             logs.update(values)
             state.log_history[-1].update(values)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,14 +102,21 @@ def _safetensors() -> Any:
 
 
 def _put_in_place(path: str | os.PathLike[str], data: bytearray) -> None:
-    """Write under another name first: nobody sees a part of the file."""
+    """Write under another name first: nobody sees a part of the file. It has the mode of a file that it replaces."""
     path = os.path.realpath(path)
+    mode = os.stat(path).st_mode if os.path.exists(path) else None
+    if mode is not None and not stat.S_ISREG(mode):  # a device or a pipe is not replaced
+        with open(path, "wb") as file:
+            file.write(data)
+        return
     temporary = f"{path}.{secrets.token_hex(4)}.part"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temporary, stat.S_IMODE(mode))
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

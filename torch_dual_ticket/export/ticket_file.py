@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..masks.records import as_state
 from ..scheduler import RSTScheduler
 from . import checksum
 from .encoding import decode, describe, encode, masks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _VERSION = 1
 
@@ -96,8 +99,9 @@ def load_ticket(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_ticket(path, model) takes a torch.nn.Module to load into, got {type(model).__name__}")
     current = _state_of(model)
-    saved, scheduler_state = _read(path)
-    _check_fits(saved, current, f"{os.fspath(path)} does not fit this {type(model).__name__}")
+    problem = f"{os.fspath(path)} does not fit this {type(model).__name__}"
+    saved, scheduler_state = _read(path, {key: tuple(tensor.shape) for key, tensor in current.items()}, problem)
+    _check_fits(saved, current, problem)
     inner = _unwrapped(model)
     with torch.no_grad():
         new = {
@@ -137,9 +141,18 @@ def read_ticket(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _read(path)[0]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The dense state_dict, and the state of the scheduler or of the held masks."""
+def _read(
+    path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]] | None = None, problem: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The dense state_dict and the scheduler's state; other ``shapes`` than those given are a ``problem``."""
     tensors, description = checksum.read(path)
+    try:
+        described = {key: tuple(entry["shape"]) for key, entry in description["state_dict"].items() if "shape" in entry}
+    except (AttributeError, KeyError, TypeError):
+        described = {}  # decode() says what is wrong
+    for key, shape in (shapes or {}).items():  # before a mask is drawn: a small file can describe a large tensor
+        if described.get(key, shape) != shape:
+            raise ValueError(f"{problem}: {key} has shape {described[key]} in the file, {shape} here")
     try:
         if description["version"] != _VERSION:
             raise ValueError(f"its version is {description['version']!r}, and this release reads version {_VERSION}")

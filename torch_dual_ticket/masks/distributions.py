@@ -39,6 +39,12 @@ def validate_sparsity(value: object, what: str = "sparsity") -> float:
     return float(number)
 
 
+def check_distribution(distribution: str) -> None:
+    """One that there is."""
+    if distribution not in ("uniform", "erk"):
+        raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform' and 'erk'")
+
+
 def uniform(units: Mapping[str, int], sparsities: Mapping[str, float]) -> dict[str, int]:
     """Each layer's own sparsity, rounded to whole units: ``round(sparsity * units)``.
 

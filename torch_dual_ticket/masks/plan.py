@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .distributions import by_name, erk, uniform, validate_sparsity
+from .distributions import by_name, check_distribution, erk, uniform, validate_sparsity
 from .patterns import count_units, implied_sparsity, parse_pattern
 from .seeded import SeededMask
 
@@ -68,8 +68,7 @@ def make_plan(
             that does not fit a layer; a name pattern that matches no module.
     """
     implied = implied_sparsity(pattern)
-    if distribution not in ("uniform", "erk"):
-        raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform' and 'erk'")
+    check_distribution(distribution)
     if sparsity is None:
         sparsity = DEFAULT_SPARSITY if implied is None else implied
     if implied is not None:

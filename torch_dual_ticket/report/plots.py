@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._rst.residual import MAX_RESIDUAL
 from .._tables import shortened
+from .history import History
 from .summary import summary
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-    from .history import History, Record
+    from .history import Record
     from .summary import HasMasks
 
 _BLUE, _RED, _ORANGE, _GRAY = "tab:blue", "tab:red", "tab:orange", "0.6"
@@ -38,6 +39,7 @@ def plot(history: History) -> Figure:
         notebook cell after ``%matplotlib inline``.
 
     Raises:
+        TypeError: ``history`` is not a :class:`~torch_dual_ticket.report.History`.
         ImportError: matplotlib is not installed.
         ValueError: nothing was recorded.
 
@@ -51,6 +53,8 @@ def plot(history: History) -> Figure:
         >>> [axes.get_ylabel() for axes in plot(history).axes]
         ['penalty λ', 'residual: share of the norm\\nin masked weights', 'norm']
     """
+    if not isinstance(history, History):
+        raise TypeError(f"plot() takes a History of a scheduler, got {type(history).__name__}: plot(History(rst))")
     figure = _new_figure("plot()")
     records = history.records
     if not records:

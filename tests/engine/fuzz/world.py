@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-10
 ALLOWED_WARNINGS = re.compile(
-    r"the masked weights still held|finalize\(\) in cycle|with lr=.* will leave|the masked weights come to rest"
+    r"the masked weights still held|finalize\(\) in cycle|with lr=.* will leave|a transformation ended at"
 )
 # Weights that change between two updates may come from an optimizer that the library does not know.
 ALLOWED_AFTER_WRITING = re.compile(r"changed, but no update applied")

@@ -1,0 +1,67 @@
+"""What is said where a transformation begins on sparse weights: those of a ticket whose state was not loaded, say."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._tables import percent
+from .._tensors.async_scalar import AsyncScalar
+from .._tensors.dtensor import local
+from .managed import sparsity_of
+
+if TYPE_CHECKING:
+    from .._engine.ticket import Ticket
+
+_SHARE = 0.5  # of the sparsity asked for: dense weights have next to no zeros, quantized ones a fifth at most
+
+
+class SparseStart:
+    """Counts the zeros once, before the first update, and warns when the numbers are there."""
+
+    def __init__(self) -> None:
+        self._counts: list[tuple[tuple[int, ...], AsyncScalar]] = []  # sizes, and of each: non-zeros, norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        return SparseStart().__dict__  # numbers on their way from a device cannot be copied
+
+    @torch.no_grad()
+    def count(self, ticket: Ticket) -> None:
+        """Call it before the first update: a model may be loaded at any time before it."""
+        if ticket.stage.steps:
+            return
+        found: dict[torch.device, list[tuple[int, Tensor]]] = {}
+        for managed, parameter in ticket.managed():
+            weight = local(parameter)
+            if weight.numel() and not weight.is_meta:
+                norm = managed.squared_norms(ticket.mask(managed), parameter, holds=False)[0]  # of the masked weights
+                counts = torch.stack([weight.count_nonzero().to(norm), norm])
+                found.setdefault(weight.device, []).append((weight.numel(), counts))
+        for layers in found.values():
+            sizes, rows = zip(*layers, strict=True)
+            self._counts.append((sizes, AsyncScalar(torch.stack(rows))))
+
+    def speak(self, ticket: Ticket) -> None:
+        """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
+        if not (self._counts and all(rows.has_arrived() for _, rows in self._counts)):
+            return
+        layers = [
+            (size, *row) for sizes, rows in self._counts for size, row in zip(sizes, rows.values.tolist(), strict=True)
+        ]
+        self._counts = []
+        layers = [layer for layer in layers if layer[1]]  # one that is zero altogether is initialized so
+        size, nonzero, norm = map(sum, zip(*layers, strict=True)) if layers else (1, 1, 1)
+        sparsity = sparsity_of(ticket.stage.masks)
+        if not sparsity or 1 - nonzero / size < _SHARE * sparsity:  # masks that somebody gives may begin with nothing
+            return
+        fits = " They are at this scheduler's masks, so it is its own ticket." if not norm else ""
+        warnings.warn(
+            f"{percent(1 - nonzero / size)} of the weights to prune were exactly zero before the first update, as in a"
+            f" finished ticket.{fits} They are not held at zero, and grow again. If this training goes on from a"
+            " checkpoint, load the scheduler's state with the model's: rst.load_state_dict(state). To keep these zeros"
+            " and train the other weights, call torch_dual_ticket.baselines.hold(model) in place of RSTScheduler.",
+            stacklevel=3,
+        )
