@@ -11,13 +11,15 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- not run: (.*) -->\n)?^```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+ONE_SESSION = {"chosen-masks.md", "kept.md"}  # whose sections go on from those above
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
 def sections():
     """What is under one heading of the second level: there, blocks follow one another as in one session."""
     for page in PAGES:
-        for section in re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        text = page.read_text(encoding="utf-8")
+        for section in [text] if page.name in ONE_SESSION else re.split(r"^(?=## )", text, flags=re.MULTILINE):
             blocks = BLOCK.findall(section)
             if any(not reason for reason, _, _ in blocks):
                 title = section.splitlines()[0].strip("# ")

@@ -148,10 +148,12 @@ def test_ci_runs_the_test_command_of_the_readme():
     environment = ran[0].split()[3]
     assert ran[0] == set_up.replace(".venv", environment)
     assert ran[-1] == test.replace(".venv", environment)
-    assert [line.removeprefix(f"{environment}/bin/") for line in ran[1:4]] == [
+    assert [line.removeprefix(f"{environment}/bin/") for line in ran[1:-1]] == [
         "ruff check .",
         "ruff format --check .",
         "mypy",
+        f"python -m build --outdir {environment}/dist .",
+        f"twine check --strict {environment}/dist/*",
         f"mkdocs build --strict --quiet --site-dir {environment}/site",
     ]
 
