@@ -90,6 +90,16 @@ def test_no_sync(options, way):
     alike(way, options, lambda training: training.updates(*range(5), micro_batches=3, clip=0.05))
 
 
+@on_two_ranks
+def test_a_second_update_of_the_same_gradients():
+    def live(training):
+        training.updates(0)
+        training.optimizer.step()
+        training.updates(1)
+
+    alike("optimizer", "plain", live)
+
+
 @every_way
 @pytest.mark.parametrize("options", ["plain", "bucket_views"])
 @pytest.mark.parametrize("of_model", [False, True])

@@ -205,6 +205,7 @@ def test_gradients_that_are_assigned():
             if name in training.held.masks:
                 parameter.grad.mul_(training.held.masks[name])
         training.optimizer.step()
+        training.model.zero_grad()
         for parameter in training.parameters():
             parameter.grad = torch.full_like(parameter, 0.1)
         training.optimizer.step()
