@@ -10,7 +10,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:^<!-- not run: (.*) -->\n)?^```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
@@ -19,6 +19,7 @@ def sections():
     for page in PAGES:
         for section in re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
             blocks = BLOCK.findall(section)
+            assert len(blocks) == len(re.findall("```(?:python|diff)", section)), section
             if any(not reason for reason, _, _ in blocks):
                 title = section.splitlines()[0].strip("# ")
                 yield pytest.param(blocks, id=f"{page.relative_to(ROOT)}: {title}")
