@@ -2,6 +2,8 @@
 
 python examples/accelerate_loop.py
 accelerate launch examples/accelerate_loop.py
+
+It ends with: 80.0% sparse, 92.0% of the test images right
 """
 
 import torch

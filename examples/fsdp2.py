@@ -1,6 +1,8 @@
 """FSDP2 (fully_shard): each rank draws only its part of each mask, and holds only its part of the zeros.
 
 torchrun --standalone --nproc-per-node=2 examples/fsdp2.py
+
+It ends with: 80.0% sparse, 92.8% of the test images right
 """
 
 import os

@@ -4,6 +4,8 @@ It learns to say which of four symbols is the most frequent in a sequence.
 
     pip install 'transformers[torch]'
     python examples/huggingface_trainer.py
+
+It ends with: 80.0% sparse, 99.1% of the test sequences right
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 pip install lightning
 python examples/lightning_trainer.py
+
+It ends with: 80.0% sparse, 92.5% of the test images right
 """
 
 import lightning

@@ -3,7 +3,7 @@
     pip install torch-pruning
     python examples/shrink_digits.py
 
-It ends with: 98.2% of the test images right; shrink(): 0.26 of the parameters, 0.45 of the time, the same outputs
+It ends with: 95.4% of the test images right; shrink(): 0.28 of the parameters, 0.30 of the time, the same outputs
 """
 
 import torch

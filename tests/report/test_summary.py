@@ -316,6 +316,7 @@ def test_notebooks_show_a_table(what, monkeypatch):
     ]
     assert sum("75.00 %" in row for row in rows) == 3  # both layers, and together
     assert ("RSTScheduler(" in page) == (what == "scheduler")
+    assert ("pattern" in rows[0]) == (what == "summary")
 
 
 def test_long_names_are_put_in_blocks(drawn_by):

@@ -10,7 +10,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:^<!-- not run: (.*) -->\n)?^```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 ONE_SESSION = {"chosen-masks.md", "kept.md"}  # whose sections go on from those above
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
@@ -21,6 +21,7 @@ def sections():
         text = page.read_text(encoding="utf-8")
         for section in [text] if page.name in ONE_SESSION else re.split(r"^(?=## )", text, flags=re.MULTILINE):
             blocks = BLOCK.findall(section)
+            assert len(blocks) == len(re.findall("```(?:python|diff)", section)), section
             if any(not reason for reason, _, _ in blocks):
                 title = section.splitlines()[0].strip("# ")
                 yield pytest.param(blocks, id=f"{page.relative_to(ROOT)}: {title}")
