@@ -11,6 +11,8 @@ methods (names as in the tables):
   LTH                 lottery ticket: train, remove the smallest weights, rewind to initialization, train
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
+  L1-RST              train plainly for --delay, then transform the mask of the largest weights, mask, finetune
+  GMP-RST             the same with a mask that grows while it is transformed
   RST                 train under a growing penalty on the weights of a random mask, mask, finetune
   RST-ERK             the same, with more weights kept in small layers
   RST-iter            RST in several cycles, with nested masks
@@ -177,6 +179,7 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
   brackets: relative to dense training.
+- Just masked: validation accuracy between the mask and the training that follows it.
 - Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of the last stretch of training.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.

@@ -79,7 +79,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     how("--max-penalties", nargs="+", type=above_zero, default=[1.0], metavar="L", help=text)
     text = "part of a cycle in which the penalty stays at its ceiling; default: 0.2"
     how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
-    text = "part of the search that RST and GMP train plainly, before the penalty or the pruning begins; default: 0"
+    text = "part of the search that GMP and all forms of RST train plainly before they begin; default: 0"
     how("--delay", type=between(0, 1), default=0.0, metavar="F", help=text)
     text = "measure BatchNorm's statistics anew on N training batches just after a mask; default: 0, not at all"
     how("--recalibrate", type=at_least(0), default=0, metavar="N", help=text)
