@@ -567,6 +567,23 @@ def test_several_penalties_make_a_row_each(tmp_path):
     assert labels == ["scratch", *(f"RST ({variant})" for variant in variants)]
 
 
+def test_a_penalty_is_chosen_with_the_learning_rate_on_validation_data(tmp_path):
+    arguments = ("--methods", "L1", "RST", "L1-RST", "--max-penalties", "0.1", "50", "--choose-penalty")
+    table = run_command(tmp_path, *arguments, "--rates", "0.01", "0.1")
+    labels = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| 80 %")]
+    assert [label.partition(" ")[0] for label in labels] == ["L1", "RST", "L1-RST"]
+    records = Records(tmp_path / "records.jsonl").results
+    for method in ("RST", "L1-RST"):
+        tried = {
+            (cell.max_penalty, cell.rate): result["validation"]
+            for cell, result in records.items()
+            if cell.method == method and cell.tuning
+        }
+        assert tried.keys() == {(ceiling, rate) for ceiling in (0.1, 50) for rate in (0.01, 0.1)}
+        made = {(c.max_penalty, c.rate) for c in records if c.method == method and not c.tuning}
+        assert made == {max(tried, key=tried.get)}
+
+
 def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys):
     arguments = [
         "--methods",
