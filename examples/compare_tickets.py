@@ -11,6 +11,8 @@ methods (names as in the tables):
   LTH                 lottery ticket: train, remove the smallest weights, rewind to initialization, train
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
+  L1-RST              train plainly for --delay, then transform the mask of the largest weights, mask, finetune
+  GMP-RST             the same with a mask that grows while it is transformed
   RST                 train under a growing penalty on the weights of a random mask, mask, finetune
   RST-ERK             the same, with more weights kept in small layers
   RST-iter            RST in several cycles, with nested masks
@@ -116,36 +118,44 @@ class Comparison:
         if dense is None and any(row.method in SEARCHES and row.anneal == "each" for row in rows):
             dense = with_its_own(replace(rows[0], method="dense"))
         others = [row for row in rows if row.method != "dense"]
-        rates, seeds = self.options.rates, self.options.seeds
-        trials = len(rates) * self.options.tuning_seeds if len(rates) > 1 else 0
-        runs = (len(others) + bool(dense)) * trials + len(rows) * seeds
+        seeds, groups = self.options.seeds, self.candidates([*([dense] if dense else []), *others])
+        trials = sum(len(group) for group in groups if len(group) > 1) * self.options.tuning_seeds
+        runs = trials + (len(self.candidates(others)) + (dense in rows)) * seeds
         self.progress.start(runs * self.options.updates)
 
-        chosen = self.choose_rates([dense] if dense else [])
+        chosen = self.choose([dense] if dense else [])
         if dense:
             best = chosen[dense].rate
             has_two = {row for row in others if row.method in SEARCHES and row.anneal == "each"}
             others = [replace(row, dense_rate=best if row in has_two else 0.0) for row in others]
-        chosen = {row: chosen[row] for row in rows if row in chosen} | self.choose_rates(others)
+        chosen = {row: chosen[row] for row in rows if row in chosen} | self.choose(others)
         return self.make(replace(cell, seed=seed) for cell in chosen.values() for seed in range(seeds))
 
-    def choose_rates(self, rows: list[Cell]) -> dict[Cell, Cell]:
-        """Each row with the learning rate that has the best mean accuracy on the validation part."""
-        rates = self.options.rates
-        if len(rates) == 1:
-            return {row: replace(row, rate=rates[0]) for row in rows}
+    def candidates(self, rows: list[Cell]) -> list[list[Cell]]:
+        """What is chosen from for each row of the table: learning rates, and ceilings if these are to be chosen."""
+        groups: dict[Cell, list[Cell]] = {}
+        for row in rows:
+            same = replace(row, max_penalty=0.0) if self.options.choose_penalty else row
+            groups.setdefault(same, []).extend(replace(row, rate=rate) for rate in self.options.rates)
+        return list(groups.values())
+
+    def choose(self, rows: list[Cell]) -> dict[Cell, Cell]:
+        """The rows that are kept, each with its learning rate: those with the best mean accuracy on validation data."""
+        groups = self.candidates(rows)
         seeds = range(TUNING_SEED, TUNING_SEED + self.options.tuning_seeds)
         trials = {
-            (row, rate): [replace(row, rate=rate, seed=seed, tuning=True) for seed in seeds]
-            for row in rows
-            for rate in rates
+            cell: [replace(cell, seed=seed, tuning=True) for seed in seeds]
+            for group in groups
+            for cell in group
+            if len(group) > 1
         }
         results = self.make(cell for cells in trials.values() for cell in cells)
 
-        def mean_accuracy(row: Cell, rate: float) -> float:
-            return sum(results[cell]["validation"] for cell in trials[row, rate])
+        def mean_accuracy(cell: Cell) -> float:
+            return sum(results[trial]["validation"] for trial in trials[cell])
 
-        return {row: replace(row, rate=max(rates, key=lambda rate, row=row: mean_accuracy(row, rate))) for row in rows}
+        best = [max(group, key=mean_accuracy) if len(group) > 1 else group[0] for group in groups]
+        return {replace(cell, rate=0.0): cell for cell in best}
 
     def make(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
         """The results of these cells, of which only the missing ones are run."""
@@ -177,6 +187,9 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     decayed = "" if options.weight_decay is None else f", weight decay {options.weight_decay:g}"
     pattern = "" if options.pattern == "unstructured" else f", {options.pattern} along the input dimension"
     anew = f" on {options.recalibrate} training batches" if options.recalibrate else ", not measured anew"
+    ceilings = (", or " if options.choose_penalty else " and ").join(f"{p:g}" for p in options.max_penalties)
+    if options.choose_penalty:
+        ceilings += " (chosen with the learning rate, on the same data)"
     return f"""# {options.model} on {options.data}
 
     {shlex.join(command)}
@@ -188,13 +201,14 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 - Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
 - Optimizer: {options.optimizer or MODELS[options.model].optimizer}{decayed}. BatchNorm after a mask: statistics{anew}.
 - GMP prunes {GMP_INTERVALS} times{delayed}; until its last mask its weights count as dense.
-- RST: penalty {" and ".join(options.schedules)}, up to {" and ".join(f"{p:g}" for p in options.max_penalties)}, and at
-  its ceiling for the last {options.hold:.0%} of a cycle{delayed}. Residual: the share of the norm that
-  the masked weights still held when they were set to zero.
+- RST: penalty {" and ".join(options.schedules)}, up to {ceilings}, and
+  at its ceiling for the last {options.hold:.0%} of a cycle{delayed}. Residual: the share of the norm that the masked
+  weights still held when they were set to zero.
 - Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and so on are
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
   brackets: relative to dense training.
+- Just masked: validation accuracy between the mask and the training that follows it.
 - Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of the last stretch of training.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.

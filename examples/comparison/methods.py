@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket.baselines import LotteryTicket, hold, magnitude_masks, random_ticket
+from torch_dual_ticket.baselines import GradualPruning, LotteryTicket, hold, magnitude_masks, random_ticket
 
 from .models import MODELS
 
@@ -71,12 +71,16 @@ def magnitude(job: Job) -> None:
 
 
 def hold_largest(job: Job, sparsity: float, **options: Any) -> None:
-    masks = magnitude_masks(
-        job.model, sparsity, distribution=job.cell.magnitude, exclude=job.recipe.dense_layers, **options
-    )
+    masks = largest(job, sparsity, **options)
     if job.ticket is not None:
         job.ticket.remove()
     job.ticket = hold(job.model, masks)
+
+
+def largest(job: Job, sparsity: float, **options: Any) -> dict[str, torch.Tensor]:
+    return magnitude_masks(
+        job.model, sparsity, distribution=job.cell.magnitude, exclude=job.recipe.dense_layers, **options
+    )
 
 
 def gradual(job: Job) -> None:
@@ -127,23 +131,34 @@ def random_after_dense(job: Job) -> None:
 
 
 def rst(job: Job, cycles: int = 1, distribution: str = "uniform") -> None:
+    """A random mask, transformed."""
+    job.train_delay()
+    sparsity, others = job.cell.sparsity, {"cycles": cycles, "distribution": distribution, **job.same_mask}
+    transform(job, lambda **schedule: RSTScheduler(job.model, sparsity, **schedule, **others), cycles)
+
+
+def magnitude_rst(job: Job) -> None:
+    """The mask of the largest weights that the plain training has made, transformed."""
+    job.train_delay()
+    masks = largest(job, job.cell.sparsity, pattern=job.cell.pattern)
+    transform(job, lambda **schedule: RSTScheduler(job.model, masks=masks, **schedule))
+
+
+def gradual_rst(job: Job) -> None:
+    """A mask that takes more and more of the smallest weights, transformed while it grows."""
+    job.train_delay()
+    sparsity, exclude = job.cell.sparsity, job.recipe.dense_layers
+    others = {"distribution": job.cell.magnitude, "pattern": job.cell.pattern, "exclude": exclude}
+    transform(job, lambda **schedule: GradualPruning(job.model, sparsity, **schedule, **others))
+
+
+def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> None:
     """Train under the growing penalty, mask, finetune."""
     cell = job.cell
-    job.train_delay()
     updates = job.search - sum(job.done.values())
     length = updates // cycles
     held = min(length - 1, round(cell.hold * length))
-    job.ticket = rst = RSTScheduler(
-        job.model,
-        cell.sparsity,
-        steps=length - held,
-        hold=held,
-        max_penalty=cell.max_penalty,
-        schedule=cell.schedule,
-        cycles=cycles,
-        distribution=distribution,
-        **job.same_mask,
-    )
+    job.ticket = rst = build(steps=length - held, hold=held, max_penalty=cell.max_penalty, schedule=cell.schedule)
     with warnings.catch_warnings():  # the table says how much was left
         warnings.filterwarnings("ignore", message="with lr=|the masked weights (still held|come to rest)")
         job.train(updates, cell.dense_rate, after_update=rst.step)
@@ -172,19 +187,28 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "LTH": lottery,
     "LTH-iter": lottery_iterative,
     "random-after-dense": random_after_dense,
+    "L1-RST": magnitude_rst,
+    "GMP-RST": gradual_rst,
     "RST": rst,
     "RST-ERK": rst_erk,
     "RST-iter": rst_iterative,
 }
-EXTRA = ("scratch-scaled", "scratch-short", "GMP", "RST-ERK")  # compared with when they are asked for
+EXTRA = (
+    "scratch-scaled",
+    "scratch-short",
+    "GMP",
+    "L1-RST",
+    "GMP-RST",
+    "RST-ERK",
+)  # compared with when they are asked for
 PAPER = [method for method in METHODS if method not in EXTRA]
-SEARCHES = {"L1", "GMP", "LTH", "LTH-iter", "random-after-dense", "RST", "RST-ERK", "RST-iter"}
-BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter"}
+BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter", "L1-RST", "GMP-RST"}
+PENALIZED = {"L1-RST", "GMP-RST", "RST", "RST-ERK", "RST-iter"}
+SEARCHES = BY_MAGNITUDE | PENALIZED | {"random-after-dense"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
-PENALIZED = {"RST", "RST-ERK", "RST-iter"}
 DELAYED = {*PENALIZED, "GMP"}
-WITH_PATTERN = {"dense", "scratch", "L1", "random-after-dense", "RST"}
+WITH_PATTERN = {"dense", "scratch", "L1", "random-after-dense", "RST", "L1-RST", "GMP-RST"}
 
 
 def with_its_own(cell: Cell) -> Cell:

@@ -87,9 +87,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     how("--schedules", nargs="+", choices=("linear", "quadratic", "cubic"), default=["linear"], metavar="S", help=text)
     text = "ceiling of RST's penalty; several make a row each; default: 1"
     how("--max-penalties", nargs="+", type=above_zero, default=[1.0], metavar="L", help=text)
+    text = "choose among several ceilings as among learning rates, on validation data, in place of a row for each"
+    how("--choose-penalty", action="store_true", help=text)
     text = "part of a cycle in which the penalty stays at its ceiling; default: 0.2"
     how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
-    text = "part of the search that RST and GMP train plainly, before the penalty or the pruning begins; default: 0"
+    text = "part of the search that GMP and all forms of RST train plainly before they begin; default: 0"
     how("--delay", type=between(0, 1), default=0.0, metavar="F", help=text)
     text = "measure BatchNorm's statistics anew on N training batches just after a mask; default: 0, not at all"
     how("--recalibrate", type=at_least(0), default=0, metavar="N", help=text)

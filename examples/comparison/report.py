@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-BASELINES = ("scratch", "scratch-scaled", "scratch-short", "LTH", "LTH-iter", "random-after-dense")
+BASELINES = ("scratch", "scratch-scaled", "scratch-short", "L1", "GMP", "LTH", "LTH-iter", "random-after-dense")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Report:
 
     def markdown(self) -> str:
         baselines = [baseline for baseline in BASELINES if any(row.cell.method == baseline for row in self.rows)]
-        header = ["sparsity", "method", "test accuracy, %"]
+        header = ["sparsity", "method", "just masked, %", "test accuracy, %"]
         header += [f"− {baseline}" for baseline in baselines] + [
             "updates: dense + sparse",
             "training FLOPs",
@@ -99,7 +99,7 @@ class Report:
         ]
         lines = [
             "| " + " | ".join(header) + " |",
-            "|---:|---|---:|" + "---:|" * len(baselines) + "---:|---:|---:|---:|",
+            "|---:|---|---:|---:|" + "---:|" * len(baselines) + "---:|---:|---:|---:|",
         ]
         for row in self.rows:
             differences = [row.minus(self.baseline(row, baseline)) for baseline in baselines]
@@ -109,6 +109,7 @@ class Report:
             cells = [
                 f"{100 * row.first['achieved_sparsity']:.4g} %",
                 row.label,
+                "" if row.first.get("masked") is None else str(row.over_seeds("masked")),
                 str(row.test),
                 *("" if difference is None else difference.signed for difference in differences),
                 f"{row.first['dense_updates']:,} + {row.first['sparse_updates']:,}",

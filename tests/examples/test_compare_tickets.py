@@ -192,6 +192,46 @@ def test_gradual_pruning_takes_more_and_more_of_the_smallest_and_holds_them(monk
     assert all(weights[mask].min() >= weights[~mask].max() for weights, mask in lefts)
 
 
+def test_what_is_chosen_by_magnitude_is_chosen_after_the_plain_training(monkeypatch):
+    """And is penalized from then on: L1-RST at once, GMP-RST as it grows."""
+    lefts = {}
+
+    def note(name):
+        build = getattr(methods, name).__init__
+
+        def init(self, model, *args, **keywords):
+            build(self, model, *args, **keywords)
+            lefts[name] = (
+                [model.get_parameter(key).abs() for key in self.masks],
+                list(self.masks.values()),
+                len(steps),
+            )
+
+        monkeypatch.setattr(getattr(methods, name), "__init__", init)
+
+    steps = []
+    note("GradualPruning")
+    note("RSTScheduler")
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        at_once = training.run_cell(cell("L1-RST", delay=0.5), None, CPU)
+        [(weights, masks, began)] = [lefts.pop("RSTScheduler")]
+        assert began == 10
+        assert sum(int((~mask).sum()) for mask in masks) == pytest.approx(
+            0.8 * sum(mask.numel() for mask in masks), abs=2
+        )
+        kept = torch.cat([weight[mask] for weight, mask in zip(weights, masks, strict=True)])
+        gone = torch.cat([weight[~mask] for weight, mask in zip(weights, masks, strict=True)])
+        assert kept.min() >= gone.max()  # "global" compares across layers
+        gradual = training.run_cell(cell("GMP-RST", delay=0.5), None, CPU)
+        [(_, masks, began)] = [lefts.pop("GradualPruning")]
+        assert began == CELL.updates + 10
+        assert all(bool(mask.all()) for mask in masks)
+    finally:
+        handle.remove()
+    assert at_once["residual"] > 0 < gradual["residual"]
+
+
 @pytest.mark.parametrize("method", sorted(WITH_PATTERN - {"dense"}))
 def test_masks_of_a_pattern_leave_two_of_four(method, monkeypatch):
     models = []
@@ -617,6 +657,23 @@ def test_several_penalties_make_a_row_each(tmp_path):
     assert labels == ["scratch", *(f"RST ({variant})" for variant in variants)]
 
 
+def test_a_penalty_is_chosen_with_the_learning_rate_on_validation_data(tmp_path):
+    arguments = ("--methods", "L1", "RST", "L1-RST", "--max-penalties", "0.1", "50", "--choose-penalty")
+    table = run_command(tmp_path, *arguments, "--rates", "0.01", "0.1")
+    labels = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| 80 %")]
+    assert [label.partition(" ")[0] for label in labels] == ["L1", "RST", "L1-RST"]
+    records = Records(tmp_path / "records.jsonl").results
+    for method in ("RST", "L1-RST"):
+        tried = {
+            (cell.max_penalty, cell.rate): result["validation"]
+            for cell, result in records.items()
+            if cell.method == method and cell.tuning
+        }
+        assert tried.keys() == {(ceiling, rate) for ceiling in (0.1, 50) for rate in (0.01, 0.1)}
+        made = {(c.max_penalty, c.rate) for c in records if c.method == method and not c.tuning}
+        assert made == {max(tried, key=tried.get)}
+
+
 def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys):
     arguments = [
         "--methods",
@@ -727,6 +784,7 @@ def test_means_intervals_and_paired_differences_are_those_computed_explicitly(tm
             "test": test,
             "achieved_sparsity": 0.8,
             "residual": 0.25 if method == "RST" else None,
+            "masked": test - 7 if method == "RST" else None,
         }
         for method, values in tests.items()
         for seed, test in enumerate(values)
@@ -734,11 +792,12 @@ def test_means_intervals_and_paired_differences_are_those_computed_explicitly(tm
     report = Report(results)
     cells = {line.split(" | ")[1]: line.split(" | ") for line in report.markdown().splitlines()[2:]}
     # Student's t for 2 degrees of freedom is 4.3027; the differences of RST from scratch are 4, 4 and 7.
-    assert cells["dense"][2] == f"92.00 ± {4.3027 * 2 / math.sqrt(3):.2f}"
-    assert cells["RST"][3] == f"+5.00 ± {4.3027 * math.sqrt(3) / math.sqrt(3):.2f}"
-    assert cells["scratch"][4].startswith("−2.00 ± ")
-    assert cells["scratch"][3] == cells["dense"][3] == ""
-    assert cells["RST"][7] == "25.00%"
+    assert cells["dense"][3] == f"92.00 ± {4.3027 * 2 / math.sqrt(3):.2f}"
+    assert cells["RST"][2].startswith("80.00 ± ")
+    assert cells["RST"][4] == f"+5.00 ± {4.3027 * math.sqrt(3) / math.sqrt(3):.2f}"
+    assert cells["scratch"][5].startswith("−2.00 ± ")
+    assert cells["scratch"][4] == cells["dense"][4] == cells["dense"][2] == ""
+    assert cells["RST"][8] == "25.00%"
 
     report.write_csv(tmp_path / "table.csv")
     header, *rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()]

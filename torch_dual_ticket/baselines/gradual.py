@@ -47,6 +47,7 @@ class GradualPruning(RSTScheduler):
         steps: calls of ``step()`` over which λ rises.
         hold: calls after that with λ at its ceiling.
         max_penalty: the ceiling of λ; 0: no penalty, and masks that are in force at once.
+        schedule: of λ; as for :class:`torch_dual_ticket.RSTScheduler`.
         intervals: how often the mask grows.
         distribution: "uniform", "erk", or "global"; as for :func:`magnitude_masks`.
         pattern: "unstructured" or "n:m", which is complete at the end.
@@ -86,6 +87,7 @@ class GradualPruning(RSTScheduler):
         *,
         hold: int = 0,
         max_penalty: float = 10.0,
+        schedule: str | Callable[[float], float] = "linear",
         intervals: int = 20,
         distribution: str = "uniform",
         pattern: str = "unstructured",
@@ -107,7 +109,15 @@ class GradualPruning(RSTScheduler):
         self._targets = [target for target in found if ALL_LAYERS in self._counts or target.name in self._counts]
         nothing = torch.ones((), dtype=torch.bool, device="cpu")
         masks = {target.name: nothing.expand(target.shape) for target in self._targets}
-        super().__init__(model, steps=steps, hold=hold, max_penalty=max_penalty, optimizer=optimizer, masks=masks)
+        super().__init__(
+            model,
+            steps=steps,
+            hold=hold,
+            max_penalty=max_penalty,
+            schedule=schedule,
+            optimizer=optimizer,
+            masks=masks,
+        )
         if self._timeline.max_penalty == 0:
             self._ticket.hold_zeros(self._ticket.stage.masks)
 
