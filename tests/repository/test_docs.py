@@ -51,6 +51,7 @@ def what_the_reader_has():
         "loader": loader,
         "validation": loader,
         "epochs": 15,
+        "saved": None,
         "device": "cpu",
     }
 
