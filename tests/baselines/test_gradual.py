@@ -110,6 +110,7 @@ def test_two_of_four_is_complete_at_the_end_and_nested_before(intervals):
     assert len(set(levels)) == min(intervals, 6) + (intervals < 6)
 
 
+@pytest.mark.filterwarnings("ignore:80.00 % of the weights to prune were exactly zero")  # of the first pruning
 def test_scores_are_asked_for_each_time():
     """Movement: what training makes smaller goes first."""
     model = make(mlp)

@@ -1,5 +1,7 @@
 """DistributedDataParallel and ZeroRedundancyOptimizer: every rank has the whole ticket, and the same one."""
 
+import warnings
+
 import pytest
 import torch
 from halves import (
@@ -75,6 +77,7 @@ def detour_loss(model: nn.Module, index: int, half: int) -> torch.Tensor:
 @pytest.mark.parametrize("options", ["find_unused", "find_unused_bucket_views"])
 @on_two_ranks
 def test_a_layer_that_one_rank_uses_and_a_layer_that_none_does(options):
+    warnings.filterwarnings("ignore", message=r"never\.weight got no penalty in any update")
     inner = make(Detour)
     model = DistributedDataParallel(inner, **OPTIONS[options])
     rst = RSTScheduler(model, sparsity=0.5, steps=STEPS)

@@ -161,6 +161,7 @@ class Normalized(nn.Module):
         return self.layer(x).square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:only 25% of the weights will be pruned")  # the attention's projections are not
 @pytest.mark.parametrize("build", [Attention, Tied, Normalized])
 def test_weights_that_no_layer_of_their_own_is_called_with(build):
     model, rst, _ = finalized(build)

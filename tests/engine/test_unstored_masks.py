@@ -59,6 +59,7 @@ def small_parts(monkeypatch):
     ],
     ids=["wide", "long_rows", "2:4", "cycles", "channels_last", "filter", "sparse"],
 )
+@pytest.mark.filterwarnings("ignore:pattern='filter' masks 2 of the 5 outputs")
 def test_trains_as_with_stored_masks(build, options):
     models = twins(build)
     if options.get("pattern") == "2:4":

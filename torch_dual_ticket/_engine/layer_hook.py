@@ -26,11 +26,12 @@ class LayerHook(prune.BasePruningMethod):
     """Registered with the ticket, as compiled code ignores hooks that are added later; idle until ``finalize()``."""
 
     PRUNING_TYPE = "unstructured"
-    _was_training: bool | None = None  # at the last forward: where that changes, weights are exchanged or merged
+    # The layer's mode at the last forward: where that changes, weights are exchanged or merged. None: a copy has had none.
+    _was_training: bool | None = None
 
     def __init__(self, ticket: Ticket, managed: ManagedParameter, occurrence: Any) -> None:
         layer, name, attribute = occurrence.layer, occurrence.tensor_name, occurrence.attribute
-        self.ticket, self.managed = ticket, managed
+        self.ticket, self.managed, self._was_training = ticket, managed, layer.training
         self._occurrence = WeakOccurrence(layer, name, occurrence.owner, attribute)
         managed.occurrences.append(self._occurrence)
         # Before the hooks of the older weight_norm and spectral_norm, which compute the weight from this parameter.
@@ -49,7 +50,7 @@ class LayerHook(prune.BasePruningMethod):
                 ticket.at_forward(self.managed, module, trusts_stamp=False)
             return
         parameter = module._parameters.get(self._occurrence.tensor_name)
-        is_same_mode, self._was_training = self._was_training is module.training, module.training
+        is_same_mode, self._was_training = self._was_training in (module.training, None), module.training
         if is_same_mode and type(parameter) is nn.Parameter and not ticket.manual:  # the common case, passed most often
             try:
                 if self.managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version):

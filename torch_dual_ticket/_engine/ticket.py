@@ -392,11 +392,7 @@ class Ticket:
                 self.zero(Batch([(managed, shard)]))
                 kept = self.mask(managed).draw(device=parameter.device)
                 clear_([(local(parameter).data, kept.view(torch.uint8))])
-        elif (
-            self.manual
-            or not managed.is_clean(parameter)
-            or not (trusts_stamp or parameter.is_meta or parameter.is_inference())
-        ):
+        elif self.manual or not managed.is_clean(parameter):
             managed.check_kind(parameter)
             self._managed = Batch([])
             is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
@@ -404,6 +400,8 @@ class Ticket:
                 self.zero(Batch([(managed, parameter)]))
                 self.connect(managed, parameter)  # a tensor that was swapped can have the address of the one before
                 self.mask_gradients(Batch([(managed, parameter)]))
+        elif not (trusts_stamp or parameter.is_meta or parameter.is_inference()):
+            self.zero(Batch([(managed, parameter)]))
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
