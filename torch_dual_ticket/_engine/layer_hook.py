@@ -26,7 +26,7 @@ class LayerHook(prune.BasePruningMethod):
     """Registered with the ticket, as compiled code ignores hooks that are added later; idle until ``finalize()``."""
 
     PRUNING_TYPE = "unstructured"
-    # The layer's mode at the last forward: where that changes, weights are exchanged or merged. None: a copy has had none.
+    # The layer's mode at the last forward, None in a new copy: where it changes, weights are exchanged or merged.
     _was_training: bool | None = None
 
     def __init__(self, ticket: Ticket, managed: ManagedParameter, occurrence: Any) -> None:
