@@ -34,31 +34,30 @@ WAYS = ["dense, fused", "dense, foreach", "kept, fused", "kept, foreach"]
 
 def main() -> None:
     options = arguments(__doc__, rounds=5, large="a transformer of 200M weights, too")
-    rows = []
-    for name, (build, shape) in {**NETWORKS, **(LARGE if options.large else {})}.items():
-        bare = {way: bare_update(build, way, options.device) for way in WAYS if way.startswith("dense")}
-        for sparsity in SPARSITIES:
-            trainings = {way: Training(build, shape, way, sparsity, options.device) for way in WAYS}
-            steps = {way: as_if_alone(training.step, training.held) for way, training in trainings.items()}
-            updates = {way: as_if_alone(trainings[way].update, trainings[way].held) for way in WAYS if way not in bare}
-            updates |= {way: as_if_alone(update, None) for way, update in bare.items()}
-            step = ratios(steps, WAYS[0], options.rounds, options.device)
-            parts = [ratios(updates, way, 2 * options.rounds, options.device) for way in bare]
-            lives = {way: training.bytes() for way, training in trainings.items()}
-            rows += [
-                [
-                    f"{name}, {sparsity:.0%} masked",
-                    way,
-                    f"{lives[way] / 2**20:,.0f} MB ({lives[way] / lives[WAYS[0]]:.2f})",
-                    spread(step[way]),
-                    *(spread(part[way]) for part in parts),
-                ]
-                for way in WAYS
-            ]
-            del trainings, steps, updates
+    rows = [
+        [f"{name}, {sparsity:.0%} masked", *row]
+        for name, (build, shape) in {**NETWORKS, **(LARGE if options.large else {})}.items()
+        for sparsity in SPARSITIES
+        for row in compare(build, shape, sparsity, options)
+    ]
     print(table(["model", "AdamW", "lives through a step", "whole step", "part, to fused", "part, to foreach"], rows))
     print("\nSent in a step of ResNet-50: " + "; ".join(map(on_two_ranks, SPARSITIES)) + ".")
     print(f"\n{machine(options)}; float32; all linear and convolutional layers and attention's projections have masks")
+
+
+def compare(build, shape, sparsity, options):
+    """Of each way what lives, and the times of the whole step and of the optimizer's part."""
+    bare = {way: bare_update(build, way, options.device) for way in WAYS if way.startswith("dense")}
+    trainings = {way: Training(build, shape, way, sparsity, options.device) for way in WAYS}
+    steps = {way: as_if_alone(training.step, training.held) for way, training in trainings.items()}
+    updates = {way: as_if_alone(trainings[way].update, trainings[way].held) for way in WAYS if way not in bare}
+    updates |= {way: as_if_alone(update, None) for way, update in bare.items()}
+    step = ratios(steps, WAYS[0], options.rounds, options.device)
+    parts = [ratios(updates, way, 2 * options.rounds, options.device) for way in bare]
+    lives = {way: training.bytes() for way, training in trainings.items()}
+    for way in WAYS:
+        share = f"{lives[way] / 2**20:,.0f} MB ({lives[way] / lives[WAYS[0]]:.2f})"
+        yield way, share, spread(step[way]), *(spread(part[way]) for part in parts)
 
 
 class Training:
@@ -109,20 +108,20 @@ def bare_update(build, way, device):
     return torch.optim.AdamW(parameters, lr=1e-4, **{way.split(", ")[1]: True}).step
 
 
-def on_two_ranks(sparsity):
-    """What a step sends of all gradients."""
+def on_two_ranks(sparsity, device="cpu"):
+    """What a step sends of all gradients; both ranks use the same device."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(send, (f"{folder}/store", f"{folder}/sent", sparsity), 2)
+        torch.multiprocessing.spawn(send, (f"{folder}/store", f"{folder}/sent", sparsity, device), 2)
         dense, kept = torch.load(f"{folder}/sent")
     return f"{kept / 2**20:.1f} of {dense / 2**20:.1f} MB ({kept / dense:.3f}) at {sparsity:.0%}"
 
 
-def send(rank, store, result, sparsity):
+def send(rank, store, result, sparsity, device):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     build, shape = NETWORKS["ResNet-50"]
     torch.manual_seed(0)
-    model = DistributedDataParallel(build())
+    model = DistributedDataParallel(build().to(device))
     held = random_ticket(model, sparsity, seed=0, targets=TARGETS)
     model.register_comm_hook(held, kept_allreduce_hook)
     sent, all_reduce = [], dist.all_reduce
@@ -132,7 +131,7 @@ def send(rank, store, result, sparsity):
         return all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
-    model(torch.randn(2, *shape[1:])).sum().backward()
+    model(torch.randn(2, *shape[1:], device=device)).sum().backward()
     if rank == 0:
         torch.save((sum(parameter.nbytes for parameter in model.parameters()), sum(sent)), result)
     dist.barrier()
