@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from comparison.cells import Cell
+from comparison.data import contents
 from comparison.engines import choose
 from comparison.methods import GMP_INTERVALS, SEARCHES, with_its_own
 from comparison.models import MODELS
@@ -101,6 +102,7 @@ class Comparison:
                 anneal=o.anneal,
                 decay=o.decay,
                 weight_decay=o.weight_decay,
+                contents=contents(o.data, load(o.data, o.data_dir, torch.device("cpu"), o.pixels)),
                 pixels=o.pixels,
                 autocast=o.autocast,
                 compile=o.compile,

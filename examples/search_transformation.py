@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from comparison.cells import Cell
-from comparison.data import DATA
+from comparison.data import DATA, contents
 from comparison.engines import choose
 from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALIZED, SEARCHES, with_its_own
 from comparison.models import MODELS, OPTIMIZERS
@@ -26,6 +26,7 @@ from comparison.options import PATTERNS, TUNING_SEED, sparsities_of
 from comparison.progress import ProgressBar
 from comparison.records import Records
 from comparison.report import estimate
+from comparison.training import load
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,6 +92,7 @@ def settings(options: argparse.Namespace) -> list[Cell]:
             optimizer_state=state,
             recalibrate=recalibrate,
             anneal=anneal,
+            contents=contents(options.data, load(options.data, options.data_dir, torch.device("cpu"), options.pixels)),
             pixels=options.pixels,
             tuning=True,
         )

@@ -32,6 +32,7 @@ class Cell:
     decay: str = "cosine"  # how the learning rate falls in a stretch: "cosine" after a warm-up, or in "steps"
     weight_decay: float | None = None  # None is the optimizer's in the comparison
     recalibrate: int = 0  # training batches that BatchNorm's statistics are measured anew on, just after the mask
+    contents: str = ""  # a checksum of data that not everybody has the same of
     pixels: int = 0  # height and width that images are averaged to; 0 leaves them as they are
     autocast: str = "off"
     compile: bool = False

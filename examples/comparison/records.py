@@ -21,16 +21,20 @@ class Records:
         self.results: dict[Cell, dict[str, Any]] = {}
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
             try:
                 record = json.loads(line)
+                if record["result"] is None:
+                    print(f"{path}, line {number} has no result: that run is made again")
+                    continue
                 self.results[Cell(**record["cell"])] = record["result"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:  # of letters that are cut in two, and of JSON, too
                 if number == len(lines):
-                    continue  # the program was stopped while it wrote this line; the run is made again
+                    print(f"{path}: the last line is not whole, as the program was stopped; that run is made again")
+                    continue
                 raise ValueError(f"{path}, line {number} is not a record of this program: {error}") from error
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:

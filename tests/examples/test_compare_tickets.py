@@ -564,13 +564,17 @@ def test_flops_are_those_counted_explicitly():
 # ---------------------------------------------------------------------- records and choices
 
 
-def test_a_line_that_was_being_written_is_dropped_and_what_is_broken_is_not_overlooked(tmp_path):
+@pytest.mark.parametrize(
+    "cut", [b'{"cell": {"data": "dig', '{"cell": {"data": "λ'.encode()[:-1]], ids=["", "in a letter"]
+)
+def test_a_line_that_was_being_written_is_dropped_and_what_is_broken_is_not_overlooked(cut, tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     records = Records(path)
     records.add(cell("dense"), {"test": 1.0})
-    with path.open("a") as file:
-        file.write('{"cell": {"data": "dig')
+    with path.open("ab") as file:
+        file.write(cut)
     records = Records(path)
+    assert "made again" in capsys.readouterr().out
     assert list(records.results) == [cell("dense")]
     records.add(cell("scratch"), {"test": 2.0})
     assert Records(path).results == {cell("dense"): {"test": 1.0}, cell("scratch"): {"test": 2.0}}
@@ -578,6 +582,24 @@ def test_a_line_that_was_being_written_is_dropped_and_what_is_broken_is_not_over
     path.write_text("broken\n" + path.read_text())
     with pytest.raises(ValueError, match="line 1"):
         Records(path)
+
+
+def test_a_run_without_a_result_is_made_again(tmp_path, capsys):
+    records = Records(tmp_path / "records.jsonl")
+    for result in (None, {"test": 2.0}):
+        records.add(cell("dense"), result)
+        expected = {} if result is None else {cell("dense"): result}
+        assert Records(tmp_path / "records.jsonl").results == expected
+        assert "line 1 has no result: that run is made again" in capsys.readouterr().out
+
+
+def test_runs_on_another_text_are_other_runs(tmp_path):
+    for letters in ("ab ba ", "abc cba "):
+        (tmp_path / "text").write_text(letters * 300)
+        arguments = ("--data", "text", "--data-dir", tmp_path / "text", "--model", "char-transformer", "--batch", "4")
+        run_command(tmp_path / "out", *arguments, "--methods", "scratch", "--seeds", "1", "--cycles", "1")
+    assert len(Records(tmp_path / "out" / "records.jsonl").results) == 2
+    assert len({cell.contents for cell in Records(tmp_path / "out" / "records.jsonl").results} - {""}) == 2
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_table(tmp_path, monkeypatch):
