@@ -18,7 +18,7 @@ from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
 from ._rst.advice import Advice, lever
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
-from ._rst.loop_warnings import MissingPenalty, Unfinished, patience
+from ._rst.loop_warnings import MissingPenalty, Unfinished, patience, warn_of_lost_layers
 from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
 from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
@@ -184,6 +184,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         """
         ticket, timeline = self._ticket, self._timeline
         if ticket.holds:
+            if ticket.has_lost_layers():
+                warn_of_lost_layers(ticket.detach_lost(), stacklevel=3)
             self._step_in_force()
             return
         if not ticket.all_penalized():

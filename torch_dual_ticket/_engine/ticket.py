@@ -173,6 +173,10 @@ class Ticket:
         managed.disconnect()
         _remove_layer_hooks(managed, keep_hook)
 
+    def has_lost_layers(self) -> bool:
+        """Whether layers do not exist any more; a parameter that another layer has taken over is not known there."""
+        return len(self._managed) < len(self.parameters) and any(one.layer() is None for one in self.parameters)
+
     def detach_lost(self, inside: Collection[nn.Module] | None = None) -> list[str]:
         """Detach parameters whose layers are gone, or not ``inside`` the model any more, and return their names."""
         lost = [managed for managed in self.parameters if not managed.is_in_place(inside)]

@@ -54,5 +54,8 @@ def largest(weights: Sequence[Weight], size: int) -> tuple[str, list[str]]:
 
 
 def type_name(kind: type) -> str:
-    """As a user writes it."""
-    return f"nn.{kind.__name__}" if getattr(nn, kind.__name__, None) is kind else kind.__name__
+    """As a user writes it; with its module where a layer of torch has the same name."""
+    of_torch = getattr(nn, kind.__name__, None)
+    if of_torch is None:
+        return kind.__name__
+    return f"nn.{kind.__name__}" if of_torch is kind else f"{kind.__module__}.{kind.__name__}"

@@ -123,6 +123,7 @@ def warn_of_lost_layers(names: Sequence[str], stacklevel: int) -> None:
     warnings.warn(
         f"{', '.join(names[:3])}{', …' if names[3:] else ''} will not be pruned any more: the layer was dropped"
         " or replaced in the model, or its hooks were cleared, after the scheduler was built. To prune what is"
-        " in its place, build a new RSTScheduler, after remove() on this one.",
+        " in its place, build a new RSTScheduler, after remove() on this one. To replace layers of a finalized"
+        " model, call remove() before it, and baselines.hold(model) after it.",
         stacklevel=stacklevel,
     )

@@ -1,0 +1,147 @@
+"""Layers of PEFT, PyTorch Geometric and torchao, and models of sentence-transformers, where they are installed."""
+
+import copy
+
+import pytest
+import torch
+from models import finalize_quietly
+from plain_loop import assert_holds_zeros, loss_of
+from torch import nn
+
+from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import hold
+
+X = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+def train(model, optimizer, rst, updates, output=None):
+    for _ in range(updates):
+        optimizer.zero_grad()
+        loss_of(model(X) if output is None else output()).backward()
+        optimizer.step()
+        rst.step()
+
+
+def assert_a_life(build, output=lambda model: model(X), **options):
+    """Trained, transformed and finetuned, and the same without penalty; returns the last model and its scheduler."""
+    residuals = []
+    for max_penalty in (0.0, 10.0):
+        model = build()
+        optimizer = sgd(model)
+        rst = RSTScheduler(model, 0.8, steps=10, max_penalty=max_penalty, seed=3, **options)
+        train(model, optimizer, rst, 15, lambda model=model: output(model))
+        residuals.append(rst.residual())
+        finalize_quietly(rst)
+        train(model, optimizer, rst, 10, lambda model=model: output(model))
+        assert_holds_zeros(model, rst)
+    assert residuals[1] < residuals[0]
+    return model, rst
+
+
+def test_lora_on_a_sparse_model():
+    """``merge_and_unload()`` writes dense products through ``.data``: ``apply_masks()`` makes them sparse again."""
+    library = pytest.importorskip("peft")
+    model, rst = assert_a_life(network)
+    adapted = library.get_peft_model(model, library.LoraConfig(r=2, target_modules=["0"]))
+    base = adapted.get_base_model()[0].base_layer.weight
+    before = base.detach().clone()
+    train(adapted, sgd(adapted), rst, 5)
+    assert torch.equal(base, before)
+    merged = adapted.merge_and_unload()
+    assert (merged[0].weight != 0).all()
+    rst.apply_masks(merged)
+    assert_holds_zeros(merged, rst)
+    assert not torch.equal(merged[0].weight, before)
+
+
+def test_lora_beside_layers_that_are_pruned():
+    """The frozen base weights and the adapters stay dense; the error names the first."""
+    library = pytest.importorskip("peft")
+    config = library.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    with pytest.raises(ValueError, match=r"frozen .* exclude=\['base_model.model.2.original_module', '.*0.base_layer'\]"):
+        RSTScheduler(library.get_peft_model(network(), config), 0.8)
+    exclude = ["*.base_layer", "*.original_module", "*.lora_*"]
+    model, rst = assert_a_life(lambda: library.get_peft_model(network(), config), exclude=exclude)
+    assert list(rst.masks) == ["base_model.model.2.modules_to_save.default.weight"]
+    (kept,) = rst.masks.values()
+    assert torch.equal(model.merge_and_unload()[2].weight != 0, kept)
+
+
+def test_graph_layers():
+    """PyTorch Geometric has its own ``Linear``, and the error tells it from torch's."""
+    library = pytest.importorskip("torch_geometric.nn")
+    edges = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = library.GCNConv(32, 16), library.SAGEConv(16, 32)
+
+        def forward(self, x):
+            return self.second(self.first(x, edges).relu(), edges)
+
+    def build():
+        torch.manual_seed(0)
+        return Graph()
+
+    with pytest.raises(ValueError, match=r"targets=\(torch_geometric.nn.dense.linear.Linear,\) would take them"):
+        RSTScheduler(build(), 0.8)
+    _, rst = assert_a_life(build, targets=[library.Linear])
+    assert list(rst.masks) == ["first.lin.weight", "second.lin_l.weight", "second.lin_r.weight"]
+    rst = RSTScheduler(build(), pattern="2:4", targets=[(library.Linear, "weight", 1)])
+    assert rst.sparsity == 0.5
+
+
+def test_torchao_quantizes_after_release():
+    library = pytest.importorskip("torchao.quantization")
+    model, rst = assert_a_life(network)
+    masks = dict(rst.masks)
+    managed = copy.deepcopy(model)
+    library.quantize_(managed, library.Int8WeightOnlyConfig())
+    with pytest.raises(RuntimeError, match=r"^0\.weight has become a Int8Tensor, .* Release it first"):
+        managed(X)
+    rst.remove()
+    library.quantize_(model, library.Int8WeightOnlyConfig())
+    for layer, kept in zip((model[0], model[2]), masks.values(), strict=True):
+        assert not layer.weight.dequantize()[~kept].any()
+
+
+@pytest.mark.parametrize("when", ["before", "after finalize"])
+def test_training_that_is_aware_of_quantization(when):
+    """torchao replaces layers: do it before the scheduler is built, or between ``remove()`` and ``hold()``."""
+    library = pytest.importorskip("torchao.quantization.qat")
+    quantize_ = pytest.importorskip("torchao.quantization").quantize_
+    weights = library.IntxFakeQuantizeConfig(torch.int8, "per_channel")
+
+    def prepared():
+        model = network()
+        quantize_(model, library.QATConfig(weight_config=weights, step="prepare"))
+        return model
+
+    if when == "before":
+        model, rst = assert_a_life(prepared)
+    else:
+        model, rst = assert_a_life(network)
+        rst.remove()
+        quantize_(model, library.QATConfig(weight_config=weights, step="prepare"))
+        rst = hold(model)
+        optimizer = sgd(model)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(model(X)).backward()
+            optimizer.step()
+    assert type(model[0]) is not nn.Linear
+    assert_holds_zeros(model, rst)
+    masks = dict(rst.masks)
+    rst.remove()
+    quantize_(model, library.QATConfig(step="convert"))
+    assert all(torch.equal(model.get_parameter(name) != 0, kept) for name, kept in masks.items())
