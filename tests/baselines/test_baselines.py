@@ -307,7 +307,7 @@ def test_other_objects_than_modules_are_refused(call):
 
 @pytest.mark.parametrize("given", [3, [torch.ones(2)], "masks"])
 def test_masks_without_names_are_refused(given):
-    with pytest.raises(TypeError, match="masks go from parameter names to bool tensors"):
+    with pytest.raises(TypeError, match="masks is a mapping from parameter names to masks, got"):
         hold(nn.Linear(2, 2), given)
 
 
