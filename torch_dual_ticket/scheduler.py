@@ -200,7 +200,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         changed = ticket.begin_step()
         ticket.transform(masks, penalty, steps)
         self._missing_penalty.look(ticket, changed)
-        self._sparse_start.speak(ticket)
+        self._sparse_start.speak()
         self._advice.speak()
 
     def _step_in_force(self) -> None:

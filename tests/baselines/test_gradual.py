@@ -270,3 +270,41 @@ def test_scores_that_fail_leave_the_step_undone():
     pruning.step()
     assert (pruning.progress, pruning.sparsity) == (3 / 5, 0.5)
     assert isinstance(model, nn.Sequential)
+
+
+# ---------------------------------------------------------------------- layers that leave
+
+
+@pytest.mark.parametrize("max_penalty", [4.0, 0.0])
+def test_a_layer_that_was_replaced_is_left_alone(max_penalty):
+    model = make(mlp)
+    pruning = GradualPruning(model, 0.8, 10, intervals=5, max_penalty=max_penalty)
+    train(model, pruning, 2)
+    model[4] = nn.Linear(16, 7, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"4\.weight will not be pruned any more"):
+        train(model, pruning, 2, first=2)
+    train(model, pruning, 7, first=4)
+    assert list(pruning.masks) == ["0.weight", "2.weight"]
+    assert pruning.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("max_penalty", [4.0, 0.0])
+def test_steps_after_remove_do_nothing(max_penalty):
+    model = make(mlp)
+    pruning = GradualPruning(model, 0.8, 10, intervals=5, max_penalty=max_penalty)
+    train(model, pruning, 3)
+    pruning.remove()
+    train(model, pruning, 8, first=3)
+    assert pruning.progress == 0.3
+
+
+@pytest.mark.parametrize("max_penalty", [4.0, 0.0])
+def test_one_threshold_for_the_layers_that_are_left(max_penalty):
+    """What the detached layer would have lost is not taken from the others."""
+    model = make(mlp)
+    pruning = GradualPruning(model, 0.8, 10, intervals=5, max_penalty=max_penalty, distribution="global")
+    train(model, pruning, 2)
+    prune.remove(model[2], "weight")
+    train(model, pruning, 9, first=2)
+    assert list(pruning.masks) == ["0.weight", "4.weight"]
+    assert sum(int((~mask).sum()) for mask in pruning.masks.values()) == 256

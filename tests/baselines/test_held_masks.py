@@ -98,6 +98,29 @@ def test_masks_that_do_not_fit_leave_the_ones_before(build):
     assert all(map(torch.equal, model.state_dict().values(), weights.values()))
 
 
+@pytest.mark.parametrize("masks", [None, [("0.weight", 1)], torch.ones(3)], ids=["None", "list", "tensor"])
+def test_masks_without_names_are_refused(masks):
+    held = random_ticket(make(mlp), 0.5)
+    with pytest.raises(TypeError, match="masks is a mapping from parameter names to masks, got"):
+        held.set_masks(masks)
+
+
+def test_a_layer_that_was_replaced_is_left_alone():
+    model = make(mlp)
+    held = hold(model, masks_of(model))
+    model[4] = nn.Linear(16, 7, dtype=torch.float64)
+    masks = masks_of(model, seed=1)
+    with (
+        pytest.warns(UserWarning, match=r"4\.weight will not be pruned any more"),
+        pytest.raises(ValueError, match=r"'4\.weight': it is not managed here"),
+    ):
+        held.set_masks(masks)
+    del masks["4.weight"]
+    held.set_masks(masks)
+    assert all(torch.equal(held.masks[name], mask) for name, mask in masks.items())
+    assert model[4].weight.all()
+
+
 # ---------------------------------------------------------------------- the zeros that there are
 
 
@@ -286,6 +309,51 @@ def test_a_wrong_state_of_a_lottery_ticket_is_refused():
             fresh.load_state_dict(wrong)
         assert fresh.round == 0
         assert not prune.is_pruned(model)
+
+
+@pytest.mark.parametrize("rounds_before", [0, 1])
+def test_a_lottery_ticket_on_layers_that_something_else_manages_changes_nothing(rounds_before):
+    model = make(mlp)
+    ticket = LotteryTicket(model, 0.8, rounds=2)
+    for _ in range(rounds_before):
+        ticket.prune_and_rewind()
+        ticket.held.remove()
+    state, before = ticket.state_dict(), copy.deepcopy(masks_of(model))
+    other = hold(model, before)
+    update(model, sgd(model), 0, (12,))
+    weights = copy.deepcopy(model.state_dict())
+    for call in (ticket.prune_and_rewind, lambda: ticket.load_state_dict(state))[: 1 + rounds_before]:
+        with pytest.raises(ValueError, match="is managed by another"):
+            call()
+        assert all(map(torch.equal, model.state_dict().values(), weights.values()))
+        assert ticket.round == rounds_before
+    assert all(torch.equal(other.masks[name], mask) for name, mask in before.items())
+
+
+def test_one_threshold_for_the_layers_that_are_left_of_a_lottery_ticket():
+    model = make(mlp)
+    ticket = LotteryTicket(model, 0.8, rounds=2, distribution="global")
+    ticket.prune_and_rewind()
+    prune.remove(model[2], "weight")
+    ticket.prune_and_rewind()
+    assert list(ticket.masks) == ["0.weight", "4.weight"]
+    assert sum(int((~mask).sum()) for mask in ticket.masks.values()) == 256
+
+
+class Versioned(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+def test_a_lottery_ticket_of_a_model_with_extra_state():
+    model = nn.Sequential(Versioned(8, 4), nn.Linear(4, 2))
+    ticket = LotteryTicket(model, 0.5)
+    ticket.prune_and_rewind()
+    ticket.load_state_dict(ticket.state_dict())
+    assert ticket.sparsity == 0.5
 
 
 # ---------------------------------------------------------------------- taken like a scheduler

@@ -118,3 +118,17 @@ def flattened(scores):
 def test_scores_that_cannot_be_ordered_are_refused(scores, message):
     with pytest.raises(ValueError, match=message):
         magnitude_masks(nn.Linear(4, 3), 0.5, scores=scores)
+
+
+def test_scores_without_names_are_refused():
+    with pytest.raises(TypeError, match="scores must be a mapping from parameter names to tensors; got list"):
+        magnitude_masks(nn.Linear(4, 3), 0.5, scores=[torch.ones(3, 4)])
+
+
+def test_earlier_masks_may_be_of_zeros_and_ones():
+    layer = nn.Linear(4, 3)
+    first = magnitude_masks(layer, 0.5, scores={"weight": torch.arange(12.0).view(3, 4)})
+    expected = magnitude_masks(layer, 0.75, within=first)
+    assert torch.equal(
+        magnitude_masks(layer, 0.75, within={"weight": first["weight"].float()})["weight"], expected["weight"]
+    )

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import hold, random_ticket
@@ -183,6 +184,32 @@ def test_a_model_that_is_mostly_recurrent_is_spoken_of():
     ):
         RSTScheduler(model, 0.9)
     RSTScheduler(model, 0.9, targets=(nn.Linear, (nn.LSTM, "weight_*")))
+
+
+def test_weights_behind_parametrizations_are_named_as_targets_take_them():
+    model = nn.ModuleDict(
+        {"memory": parametrizations.weight_norm(nn.LSTM(16, 32), "weight_hh_l0"), "head": nn.Linear(32, 4)}
+    )
+    names = r"\['weight_ih_l0', 'weight_hh_l0'\]"
+    with pytest.warns(
+        UserWarning, match=rf"memory\.weight_hh_l0 \(LSTM, .*targets=\(nn\.Linear, \(nn\.LSTM, {names}\)\)"
+    ):
+        RSTScheduler(model, 0.5)
+    targets = (nn.Linear, (nn.LSTM, ["weight_ih_l0", "weight_hh_l0"]))
+    assert len(RSTScheduler(model, 0.5, targets=targets).masks) == 3
+
+
+class BiasedExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 8, 8))
+        self.up_bias = nn.Parameter(torch.randn(4, 8))
+
+
+def test_biases_are_not_proposed():
+    model = nn.ModuleDict({"experts": BiasedExperts(), "head": nn.Linear(8, 4)})
+    with pytest.warns(UserWarning, match=re.escape("targets=(nn.Linear, (BiasedExperts, ['up']));")):
+        RSTScheduler(model, 0.5)
 
 
 # ---------------------------------------------------------------------- frozen

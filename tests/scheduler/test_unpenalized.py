@@ -111,8 +111,9 @@ def test_a_head_that_was_used_once_is_penalized(options):
     assert not any(CUT in message for message in messages)
 
 
-def test_after_a_restart_it_is_not_known():
-    messages, _ = finalized(TwoHeads(), restart=59)
+@pytest.mark.parametrize("restart", [59, 50])
+def test_after_a_restart_it_is_not_known(restart):
+    messages, _ = finalized(TwoHeads(), restart=restart)
     assert not any(CUT in message for message in messages)
 
 

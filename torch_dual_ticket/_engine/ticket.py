@@ -443,6 +443,9 @@ class Ticket:
         self._update, self._update_is_over = self._update + 1, False
         self._restart(pending=pending)
         self.forget_versions()
+        if self.stage.steps:
+            for managed in self.parameters:
+                managed.penalized_at = max(managed.penalized_at, 0)  # it may have been, before the restart
 
     def forget_versions(self) -> None:
         """Whatever changes the weights now needs no penalty."""

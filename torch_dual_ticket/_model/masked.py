@@ -44,8 +44,7 @@ def find_masked(
         TypeError, ValueError: what is not a mask, or does not belong to a parameter that can be pruned.
     """
     check_model(model)
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"masks is a mapping from parameter names to masks, got {type(masks).__name__}")
+    check_given(masks)
     if not masks:
         raise ValueError("masks is empty, so there is nothing to hold at zero: give a mask for each parameter to prune")
     reshard(model)
@@ -76,6 +75,12 @@ def find_masked(
     for target in targets:
         target.users = [user for occurrence in target.occurrences for user in users_of(occurrence, modules)]
     return targets, {target.name: ExplicitMask(_checked(target, masks[target.name])) for target in targets}
+
+
+def check_given(masks: Mapping[str, Tensor]) -> None:
+    """What is given as masks is a mapping."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks is a mapping from parameter names to masks, got {type(masks).__name__}")
 
 
 def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .names import unwrapped_modules
 
@@ -14,12 +15,16 @@ if TYPE_CHECKING:
 
 
 class Weight(NamedTuple):
-    """A parameter of two or more dimensions, and the first module that registers it."""
+    """A parameter of two or more dimensions, and the first module that has it."""
 
     layer_name: str
     layer: nn.Module
-    key: str
+    key: str  # where the parameter is parametrized: of the tensor that is computed from it
     parameter: nn.Parameter
+
+    @property
+    def kind(self) -> type:
+        return parametrize.type_before_parametrizations(self.layer)
 
     @property
     def name(self) -> str:
@@ -29,11 +34,14 @@ class Weight(NamedTuple):
 def weights_of(model: nn.Module) -> Iterator[Weight]:
     """Each once, in the order of ``named_parameters()``."""
     seen: set[int] = set()
+    users: dict[int, tuple[str, nn.Module, str]] = {}  # of what is behind parametrizations
     for layer_name, layer in unwrapped_modules(model):
+        chains: Any = layer.parametrizations if parametrize.is_parametrized(layer) else {}
+        users |= {id(chain): (layer_name, layer, key) for key, chain in chains.items()}
         for key, parameter in layer._parameters.items():
             if parameter is not None and not is_lazy(parameter) and parameter.dim() > 1 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield Weight(layer_name, layer, key, parameter)
+                yield Weight(*users.get(id(layer), (layer_name, layer, key)), parameter)
 
 
 def embedded(modules: Iterable[nn.Module]) -> set[int]:
@@ -45,10 +53,11 @@ def embedded(modules: Iterable[nn.Module]) -> set[int]:
 def largest(weights: Sequence[Weight], size: int) -> tuple[str, list[str]]:
     """The three largest in words, with their share of ``size`` weights; and the ``targets`` that would take them."""
     three = sorted(weights, key=lambda weight: -weight.parameter.numel())[:3]
-    shares = [f"{one.name} ({type(one.layer).__name__}, {one.parameter.numel() / size:.0%})" for one in three]
+    shares = [f"{one.name} ({one.kind.__name__}, {one.parameter.numel() / size:.0%})" for one in three]
     targets = []
-    for kind in dict.fromkeys(type(one.layer) for one in three):
-        keys = list(dict.fromkeys(one.key for one in weights if type(one.layer) is kind))
+    for kind in dict.fromkeys(one.kind for one in three):
+        keys = list(dict.fromkeys(one.key for one in weights if one.kind is kind))
+        keys = [key for key in keys if "bias" not in key] or keys
         targets.append(type_name(kind) if keys == ["weight"] else f"({type_name(kind)}, {keys})")
     return ", ".join(shares), targets
 

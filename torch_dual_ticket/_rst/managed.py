@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._model.masked import find_masked
+from .._model.masked import check_given, find_masked
 from .._model.names import unwrapped_parameters
 from .._tensors.dtensor import local, local_offset, reshard
 from .._tensors.kernels import clear_
 from ..prune import to_stock_layout
 from .ranks import agree_on_masks
 from .residual import Report
-from .validation import check_directions
+from .validation import check_directions, check_reachable, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,12 +102,14 @@ class ManagedMasks:
 
     def _checked(self, masks: Mapping[str, Tensor]) -> Mapping[str, Mask]:
         """Other masks for the same parameters, which all ranks have been given. Changes nothing."""
+        check_given(masks)
+        check_reachable(self._ticket, stacklevel=4, inside=modules_of(self._ticket))
         mine = self._masks()
         if not self._ticket.parameters:
             raise RuntimeError(
                 "nothing is managed any more: remove() was called, or the layers are gone. Begin anew on the model."
             )
-        wrong = sorted(set(masks) ^ set(mine))
+        wrong = sorted(set(masks) ^ set(mine), key=str)
         if wrong:
             what = "a mask is missing" if wrong[0] in mine else "it is not managed here"
             raise ValueError(

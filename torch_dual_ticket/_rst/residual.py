@@ -161,7 +161,7 @@ def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
     shown = [", ".join(names[:3]) + (", …" if names[3:] else "") for names in (cut, list(map(repr, modules)))]
     warnings.warn(
         f"{shown[0]} got no penalty in any update, and what the masked weights knew is cut."
-        " No optimizer has them, the loss has not used them, or they were frozen. Leave them dense with"
+        " No optimizer has them, they were frozen, or the loss has not used them. Leave them dense with"
         f" exclude=[{shown[1]}]; or, if they are an average or a copy of another part (a target network), build the"
         " scheduler on that part, and after finalize() mask the copy with rst.apply_masks(copy).",
         stacklevel=3,

@@ -24,6 +24,7 @@ class SparseStart:
 
     def __init__(self) -> None:
         self._counts: list[tuple[tuple[int, ...], AsyncScalar]] = []  # sizes, and of each: non-zeros, norm
+        self._sparsity = 0.0  # of the masks, then
 
     def __getstate__(self) -> dict[str, Any]:
         return SparseStart().__dict__  # numbers on their way from a device cannot be copied
@@ -31,7 +32,8 @@ class SparseStart:
     @torch.no_grad()
     def count(self, ticket: Ticket) -> None:
         """Call it before the first update: a model may be loaded at any time before it."""
-        if ticket.stage.steps:
+        self._sparsity = sparsity_of(ticket.stage.masks)
+        if ticket.stage.steps or not self._sparsity:  # masks that somebody gives may begin with nothing
             return
         found: dict[torch.device, list[tuple[int, Tensor]]] = {}
         for managed, parameter in ticket.managed():
@@ -44,7 +46,7 @@ class SparseStart:
             sizes, rows = zip(*layers, strict=True)
             self._counts.append((sizes, AsyncScalar(torch.stack(rows))))
 
-    def speak(self, ticket: Ticket) -> None:
+    def speak(self) -> None:
         """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
         if not (self._counts and all(rows.has_arrived() for _, rows in self._counts)):
             return
@@ -54,8 +56,7 @@ class SparseStart:
         self._counts = []
         layers = [layer for layer in layers if layer[1]]  # one that is zero altogether is initialized so
         size, nonzero, norm = map(sum, zip(*layers, strict=True)) if layers else (1, 1, 1)
-        sparsity = sparsity_of(ticket.stage.masks)
-        if not sparsity or 1 - nonzero / size < _SHARE * sparsity:  # masks that somebody gives may begin with nothing
+        if 1 - nonzero / size < _SHARE * self._sparsity:
             return
         fits = " They are at this scheduler's masks, so it is its own ticket." if not norm else ""
         warnings.warn(

@@ -144,7 +144,7 @@ def check_trained(ticket: Ticket, steps: int) -> None:
             " torch.optim.Optimizer's, call rst.apply_penalty() before each."
         )
     check_untied(ticket)
-    check_reachable(ticket, stacklevel=4, inside=_modules_of(ticket))
+    check_reachable(ticket, stacklevel=4, inside=modules_of(ticket))
     check_manages(ticket)
 
 
@@ -160,7 +160,7 @@ def check_reachable(ticket: Ticket, stacklevel: int, inside: set[nn.Module] | No
         managed.check_present()
 
 
-def _modules_of(ticket: Ticket) -> set[nn.Module] | None:
+def modules_of(ticket: Ticket) -> set[nn.Module] | None:
     model = ticket.model()
     return None if model is None else {module for _, module in unwrapped_modules(model)}
 
@@ -168,7 +168,7 @@ def _modules_of(ticket: Ticket) -> set[nn.Module] | None:
 def check_untied(ticket: Ticket) -> None:
     """Each parameter in the model has one mask."""
     names: dict[int, str] = {}
-    inside = _modules_of(ticket)
+    inside = modules_of(ticket)
     for managed, tensor in ticket.managed():
         other = names.setdefault(id(tensor), managed.name) if managed.is_in_place(inside) else managed.name
         if other != managed.name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,13 @@ import torch
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._rst.schedule import check_integer
-from .._rst.validation import check_state
+from .._rst.validation import check_reachable, check_state, modules_of
 from ..masks.records import as_state, of_state
 from ..scheduler import RSTScheduler
-from .magnitude import ALL_LAYERS, check_pattern, remove_smallest, rounds_of_counts
+from .magnitude import ALL_LAYERS, check_pattern, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -97,11 +96,8 @@ class GradualPruning(RSTScheduler):
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         check_pattern(pattern)
-        if not (scores is None or callable(scores) or isinstance(scores, Mapping)):
-            raise TypeError(
-                f"scores must be a mapping from parameter names, or a function of the model that returns one; got"
-                f" {type(scores).__name__}"
-            )
+        if not callable(scores):
+            check_scores(scores, " or a function of the model that returns one")
         self._intervals = check_integer("intervals", intervals, at_least=1)
         self._pattern, self._scores = pattern, scores
         found = find_targets(model, targets, exclude)
@@ -131,16 +127,18 @@ class GradualPruning(RSTScheduler):
 
     def _grown(self, interval: int) -> Mapping[str, Mask]:
         share = 1 - (1 - interval / self._intervals) ** 3
-        counts = {name: round(share * count) for name, count in self._counts.items()}
         scores = self._scores(self._model) if callable(self._scores) else self._scores
+        check_reachable(self._ticket, stacklevel=5, inside=modules_of(self._ticket))  # a head may have been replaced
         managed = self._masks()
         found = [target for target in self._targets if target.name in managed]
+        rest = counts_of_rest(self._counts, self._targets, found)
+        counts = {name: round(share * count) for name, count in rest.items()}
         chosen = remove_smallest(self._model, found, counts, self.masks, self._pattern, scores)
         return self._checked(chosen)
 
     def _step_in_force(self) -> None:
         ticket = self._ticket
-        if ticket.stage.report is not None:  # after finalize()
+        if ticket.stage.report is not None or not ticket.parameters:  # after finalize(), or remove()
             return
         steps = min(self._steps + 1, self._timeline.total)
         masks = self._masks_after(steps)

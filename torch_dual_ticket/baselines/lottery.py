@@ -12,14 +12,14 @@ from .._rst.validation import check_directions, check_unmanaged
 from ..masks.explicit import ExplicitMask
 from ..masks.records import of_state
 from .held import HeldMasks
-from .magnitude import ALL_LAYERS, remove_smallest, rounds_of_counts
+from .magnitude import ALL_LAYERS, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from .._model.targets import TargetType
+    from .._model.targets import Target, TargetType
 
 
 class LotteryTicket:
@@ -102,10 +102,12 @@ class LotteryTicket:
         """
         if self.done:
             raise RuntimeError(f"all {self.rounds} rounds are over; the ticket has its sparsity of {self.sparsity:.2%}")
-        found = find_targets(self._model, self._targets, self._exclude)
+        every = found = find_targets(self._model, self._targets, self._exclude)
         if self.held is not None:  # a layer that prune.remove() has detached stays so
-            found = [target for target in found if target.name in self.masks]
-        masks = remove_smallest(self._model, found, self._counts[self.round], self.masks)
+            found = [target for target in every if target.name in self.masks]
+        self._check_unmanaged(found)
+        counts = counts_of_rest(self._counts[self.round], every, found)
+        masks = remove_smallest(self._model, found, counts, self.masks)
         found = [target for target in found if target.name in masks]
         explicit = {name: ExplicitMask(mask) for name, mask in masks.items()}
         check_directions(found, explicit)  # before anything is changed
@@ -139,18 +141,26 @@ class LotteryTicket:
             raise ValueError(f"not a state_dict() of a LotteryTicket: {error!r}") from error
         if not 0 <= number <= self.rounds:
             raise ValueError(f"the state is of round {number}, and this ticket has {self.rounds} rounds")
-        shapes, saved = ({name: tuple(value.shape) for name, value in of.items()} for of in (self._origin, origin))
+        shapes, saved = (
+            {name: tuple(getattr(value, "shape", ())) for name, value in of.items()} for of in (self._origin, origin)
+        )
         if wrong := sorted(shapes.items() ^ saved.items()):
             raise ValueError(f"the state is of another model: {wrong[0][0]} is not there, or has another shape")
         targets = find_targets(self._model, self._targets, self._exclude)
         targets = [target for target in targets if target.name in masks]
         if len(targets) < len(masks) or any(target.shape != masks[target.name].shape for target in targets):
             raise ValueError(f"the state is of other layers: it has masks of {', '.join(masks)}")
+        self._check_unmanaged(targets)
         check_directions(targets, masks)  # before anything is changed
         origin = copy.deepcopy(origin)
         self.remove()
         self.held = HeldMasks(self._model, targets, masks) if masks else None
         self._origin, self.round = origin, number
+
+    def _check_unmanaged(self, targets: list[Target]) -> None:
+        """Nothing but the masks that were held so far manages them."""
+        mine = set() if self.held is None else {managed.name for managed in self.held._ticket.parameters}
+        check_unmanaged([target for target in targets if target.name not in mine])
 
     @property
     def done(self) -> bool:

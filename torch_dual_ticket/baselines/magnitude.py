@@ -69,6 +69,7 @@ def magnitude_masks(
         {'weight': tensor([[ True, False,  True, False]])}
     """
     check_pattern(pattern)
+    check_scores(scores)
     found = find_targets(model, targets, exclude)
     counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]
     return remove_smallest(model, found, counts, within, pattern, scores)
@@ -78,6 +79,14 @@ def check_pattern(pattern: str) -> None:
     """One of single weights."""
     if parse_pattern(pattern).kind not in ("unstructured", "n:m"):
         raise ValueError(f"magnitudes are compared weight by weight: unstructured or n:m, not pattern={pattern!r}")
+
+
+def check_scores(scores: object, otherwise: str = "") -> None:
+    """A mapping, or None."""
+    if not (scores is None or isinstance(scores, Mapping)):
+        raise TypeError(
+            f"scores must be a mapping from parameter names to tensors{otherwise}; got {type(scores).__name__}"
+        )
 
 
 def rounds_of_counts(
@@ -105,6 +114,14 @@ def rounds_of_counts(
     return [{ALL_LAYERS: count} for count in counts]
 
 
+def counts_of_rest(counts: Mapping[str, int], targets: list[Target], rest: list[Target]) -> Mapping[str, int]:
+    """Where some have been detached: one count for all layers becomes the share of those that are left."""
+    if ALL_LAYERS not in counts:
+        return counts
+    left, total = (sum(math.prod(target.shape) for target in some) for some in (rest, targets))
+    return {ALL_LAYERS: round(counts[ALL_LAYERS] * left / total)}
+
+
 @torch.no_grad()
 def remove_smallest(
     model: nn.Module,
@@ -127,7 +144,7 @@ def remove_smallest(
             continue  # stays dense
         magnitude = whole(target.parameter).detach().abs() if scores is None else _score(target, scores)
         if within is not None and name in within:
-            magnitude = magnitude.masked_fill(~within[name].to(magnitude.device), -math.inf)
+            magnitude = magnitude.masked_fill(within[name].to(magnitude.device) == 0, -math.inf)
         if parsed.kind == "n:m":
             assert target.input_dim is not None  # the plan needs it too
             stay = _largest_of_groups(magnitude, parsed.first, parsed.second, target.input_dim)

@@ -513,6 +513,7 @@ def freeze(world: World, *, layer: int) -> None:
     if not thaws and len(world.frozen) + 1 == len(layers):
         return
     world.frozen ^= {name}
+    world.was_frozen = True
     for side in world.sides:
         side.model.get_submodule(name).requires_grad_(thaws)
         side.model.zero_grad(set_to_none=True)
