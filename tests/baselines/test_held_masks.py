@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import INPUT_SHAPES, cnn, loss_of, make, mlp, twins
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import LotteryTicket, hold, magnitude_masks, random_ticket
 from torch_dual_ticket.export import load_ticket, read_ticket, save_ticket
 from torch_dual_ticket.report import History, summary
@@ -103,6 +105,21 @@ def test_masks_without_names_are_refused(masks):
     held = random_ticket(make(mlp), 0.5)
     with pytest.raises(TypeError, match="masks is a mapping from parameter names to masks, got"):
         held.set_masks(masks)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda model: hold(model, masks_of(model)), lambda model: RSTScheduler(model, masks=masks_of(model))],
+    ids=["held", "transformed"],
+)
+def test_masks_that_empty_a_layer_are_spoken_of_once(build):
+    model = make(mlp)
+    managed = build(model)
+    emptied = dict(managed.masks) | {"2.weight": torch.zeros(16, 20)}
+    with pytest.warns(UserWarning, match=r"the mask keeps no weight of 2\.weight") as caught:
+        managed.set_masks(emptied)
+    assert caught[0].filename == __file__
+    managed.set_masks(emptied)
 
 
 def test_a_layer_that_was_replaced_is_left_alone():
@@ -338,6 +355,15 @@ def test_one_threshold_for_the_layers_that_are_left_of_a_lottery_ticket():
     ticket.prune_and_rewind()
     assert list(ticket.masks) == ["0.weight", "4.weight"]
     assert sum(int((~mask).sum()) for mask in ticket.masks.values()) == 256
+
+
+def test_a_pickled_lottery_ticket_has_the_same_targets():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False), nn.Linear(8, 2))
+    model[1].weight = model[0].weight
+    ticket = LotteryTicket(model, 0.5, rounds=2)
+    ticket = pickle.loads(pickle.dumps(ticket))
+    ticket.prune_and_rewind()
+    assert list(ticket.masks) == ["2.weight"]
 
 
 class Versioned(nn.Linear):

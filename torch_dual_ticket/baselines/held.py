@@ -46,12 +46,18 @@ class HeldMasks(ManagedMasks):
         What they remove is set to zero now; weights that come back start from zero, and are trained from the next
         ``backward()`` on. Call it between two updates. Collective where a default process group exists.
 
+        A copy of the model, such as an average, goes on with the masks of the moment when it was made. Where weights
+        come back, make it a plain one first: ``torch_dual_ticket.release(average)``.
+
         Args:
             masks: as for :func:`hold`, for exactly the same parameters.
 
         Raises:
             TypeError, ValueError: masks that cannot be used; nothing is changed then.
             RuntimeError: after :meth:`remove`; or ranks disagree.
+
+        Warns:
+            UserWarning: a mask keeps nothing of its weight; or a layer was replaced, which has left these masks.
         """
         self._hold(self._checked(masks))
 
@@ -110,7 +116,8 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
         masks = masks_of_zeros(model)
         if not masks:
             raise ValueError(
-                "there is nothing to hold: no weight of a linear or convolutional layer is zero. Load the sparse"
+                "there is nothing to hold: no weight of a linear or convolutional layer, which no embedding shares,"
+                " is zero. Load the sparse"
                 " weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
             )
     found, explicit = find_masked(model, masks, frozen=True)
