@@ -187,6 +187,23 @@ def test_the_zeros_of_a_model_whose_other_layers_cannot_be_held():
     assert list(hold(model).masks) == ["normed.parametrizations.weight.original1"]
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(6, 4))  # nothing but zeros: where it begins
+        self.memory, self.head = nn.LSTM(4, 8), nn.Linear(8, 2)
+
+
+def test_the_zeros_of_layers_that_are_no_default_targets():
+    """Such as those of a ticket file, whatever its targets were."""
+    model = Recurrent()
+    masks = {"memory.weight_ih_l0": torch.rand(32, 4) < 0.5, "head.weight": torch.rand(2, 8) < 0.5}
+    hold(model, masks).remove()
+    held = hold(model)
+    assert held.masks.keys() == masks.keys()
+    assert all(torch.equal(held.masks[name], mask) for name, mask in masks.items())
+
+
 def test_a_model_without_zeros_and_one_with_a_layer_of_zeros():
     with pytest.raises(ValueError, match=r"nothing to hold: no weight .* is zero\..*magnitude_masks"):
         hold(make(mlp))

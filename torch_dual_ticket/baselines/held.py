@@ -93,8 +93,8 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
     Args:
         model: a module; its structure and names stay as they are.
         masks: parameter name -> mask of the parameter's shape, bool or 0 and 1 of any dtype, True = kept. Parameters
-            without one stay dense. None: the zeros that the weights of linear and convolutional layers have now, in a
-            model that is sparse already; weights without zeros stay dense. Parameters may be frozen.
+            without one stay dense. None: the zeros that the weights of two or more dimensions have now, in a model that
+            is sparse already; weights without zeros, and embeddings, stay dense. Parameters may be frozen.
 
     Raises:
         TypeError, ValueError: a mask with other values, or of another shape than its parameter, or the name of no
@@ -116,9 +116,8 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
         masks = masks_of_zeros(model)
         if not masks:
             raise ValueError(
-                "there is nothing to hold: no weight of a linear or convolutional layer, which no embedding shares,"
-                " is zero. Load the sparse"
-                " weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
+                "there is nothing to hold: no weight of two or more dimensions, but for embeddings, is zero. Load the"
+                " sparse weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
             )
     found, explicit = find_masked(model, masks, frozen=True)
     check_directions(found, explicit)
