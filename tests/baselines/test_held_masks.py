@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import INPUT_SHAPES, cnn, loss_of, make, mlp, twins
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import LotteryTicket, hold, magnitude_masks, random_ticket
 from torch_dual_ticket.export import load_ticket, read_ticket, save_ticket
 from torch_dual_ticket.report import History, summary
@@ -105,6 +107,21 @@ def test_masks_without_names_are_refused(masks):
         held.set_masks(masks)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [lambda model: hold(model, masks_of(model)), lambda model: RSTScheduler(model, masks=masks_of(model))],
+    ids=["held", "transformed"],
+)
+def test_masks_that_empty_a_layer_are_spoken_of_once(build):
+    model = make(mlp)
+    managed = build(model)
+    emptied = dict(managed.masks) | {"2.weight": torch.zeros(16, 20)}
+    with pytest.warns(UserWarning, match=r"the mask keeps no weight of 2\.weight") as caught:
+        managed.set_masks(emptied)
+    assert caught[0].filename == __file__
+    managed.set_masks(emptied)
+
+
 def test_a_layer_that_was_replaced_is_left_alone():
     model = make(mlp)
     held = hold(model, masks_of(model))
@@ -168,6 +185,23 @@ def test_the_zeros_of_a_model_whose_other_layers_cannot_be_held():
     with torch.no_grad():
         model.normed.parametrizations.weight.original1[:, 0] = 0
     assert list(hold(model).masks) == ["normed.parametrizations.weight.original1"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(6, 4))  # nothing but zeros: where it begins
+        self.memory, self.head = nn.LSTM(4, 8), nn.Linear(8, 2)
+
+
+def test_the_zeros_of_layers_that_are_no_default_targets():
+    """Such as those of a ticket file, whatever its targets were."""
+    model = Recurrent()
+    masks = {"memory.weight_ih_l0": torch.rand(32, 4) < 0.5, "head.weight": torch.rand(2, 8) < 0.5}
+    hold(model, masks).remove()
+    held = hold(model)
+    assert held.masks.keys() == masks.keys()
+    assert all(torch.equal(held.masks[name], mask) for name, mask in masks.items())
 
 
 def test_a_model_without_zeros_and_one_with_a_layer_of_zeros():
@@ -338,6 +372,15 @@ def test_one_threshold_for_the_layers_that_are_left_of_a_lottery_ticket():
     ticket.prune_and_rewind()
     assert list(ticket.masks) == ["0.weight", "4.weight"]
     assert sum(int((~mask).sum()) for mask in ticket.masks.values()) == 256
+
+
+def test_a_pickled_lottery_ticket_has_the_same_targets():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False), nn.Linear(8, 2))
+    model[1].weight = model[0].weight
+    ticket = LotteryTicket(model, 0.5, rounds=2)
+    ticket = pickle.loads(pickle.dumps(ticket))
+    ticket.prune_and_rewind()
+    assert list(ticket.masks) == ["2.weight"]
 
 
 class Versioned(nn.Linear):

@@ -164,7 +164,8 @@ class Normalized(nn.Module):
 @pytest.mark.filterwarnings("ignore:only 25% of the weights will be pruned")  # the attention's projections are not
 @pytest.mark.parametrize("build", [Attention, Tied, Normalized])
 def test_weights_that_no_layer_of_their_own_is_called_with(build):
-    model, rst, _ = finalized(build)
+    targets = (nn.Linear, (nn.MultiheadAttention, "in_proj_weight"))
+    model, rst, _ = finalized(build, targets=targets)
     swaps_in_an_average(model)
     assert_has_zeros(model.state_dict(), rst.masks)
 

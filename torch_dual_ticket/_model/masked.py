@@ -84,10 +84,11 @@ def check_given(masks: Mapping[str, Tensor]) -> None:
 
 
 def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
-    """The masks, by parameter name, that are False where weights of the default targets are zero.
+    """The masks, by parameter name, that are False where weights of two or more dimensions are zero.
 
-    A weight without zeros has none; nor has one that an embedding also owns, whose padding is zero, one that
-    ``torch.nn.utils.prune`` masks itself, or one behind a parametrization that zeros do not survive.
+    A weight without zeros has none; nor has one that is nothing but zeros, if it is not a default target; one that an
+    embedding also owns, whose padding is zero, one that ``torch.nn.utils.prune`` masks itself, or one behind a
+    parametrization that zeros do not survive.
     """
     check_model(model)
     reshard(model)
@@ -97,16 +98,17 @@ def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
     entries, seen = default_entries(modules.values()), embedded(modules.values())
     masks = {}
     for layer_name, layer in modules.items():
-        for tensor_name in tensor_names(layer, entries):
+        usual = tensor_names(layer, entries)
+        for tensor_name in [] if isinstance(layer, parametrize.ParametrizationList) else all_tensor_names(layer):
             try:
                 parameter = resolve(layer_name, layer, tensor_name).parameter
             except ValueError:
                 continue
-            if id(parameter) in seen or parameter.is_meta or not _is_ordinary(parameter):
+            if id(parameter) in seen or parameter.is_meta or not _is_ordinary(parameter) or parameter.dim() < 2:
                 continue
             seen.add(id(parameter))
             kept = whole(parameter.detach()) != 0
-            if not bool(kept.all()):
+            if not bool(kept.all()) and (tensor_name in usual or bool(kept.any())):
                 masks[first_names[id(parameter)]] = kept
     return masks
 

@@ -145,7 +145,7 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     check_exclusions(exclude, modules)
     included = {name: layer for name, layer in modules.items() if not is_excluded(name, exclude)}
     entries = [_check_type(entry) for entry in types]
-    if types is DEFAULT_TARGETS:
+    if types == DEFAULT_TARGETS:
         entries = default_entries(modules.values())
     for entry in entries:
         _check_matches(entry, included)
@@ -166,7 +166,7 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     excluded = {  # a parameter of an excluded layer may be tied to one of an included layer
         id(parameter) for name in modules.keys() - included.keys() for parameter in modules[name]._parameters.values()
     }
-    if types is DEFAULT_TARGETS:
+    if types == DEFAULT_TARGETS:
         excluded |= embedded(modules.values())
     targets = [found[key] for key in first_names if key in found and key not in excluded]
     if not targets:

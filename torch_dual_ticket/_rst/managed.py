@@ -14,6 +14,7 @@ from .._model.names import unwrapped_parameters
 from .._tensors.dtensor import local, local_offset, reshard
 from .._tensors.kernels import clear_
 from ..prune import to_stock_layout
+from .cut_warnings import warn_of_emptied
 from .ranks import agree_on_masks
 from .residual import Report
 from .validation import check_directions, check_reachable, modules_of
@@ -119,6 +120,10 @@ class ManagedMasks:
         found, explicit = find_masked(self._model, masks, frozen=True)
         check_directions(found, explicit)
         agree_on_masks(explicit, self._model)
+        warn_of_emptied(
+            {name: mask for name, mask in explicit.items() if mine[name].pruned_weights < mask.pruned_weights},
+            stacklevel=4,
+        )
         return explicit
 
 

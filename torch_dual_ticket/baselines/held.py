@@ -46,12 +46,18 @@ class HeldMasks(ManagedMasks):
         What they remove is set to zero now; weights that come back start from zero, and are trained from the next
         ``backward()`` on. Call it between two updates. Collective where a default process group exists.
 
+        A copy of the model, such as an average, goes on with the masks of the moment when it was made. Where weights
+        come back, make it a plain one first: ``torch_dual_ticket.release(average)``.
+
         Args:
             masks: as for :func:`hold`, for exactly the same parameters.
 
         Raises:
             TypeError, ValueError: masks that cannot be used; nothing is changed then.
             RuntimeError: after :meth:`remove`; or ranks disagree.
+
+        Warns:
+            UserWarning: a mask keeps nothing of its weight; or a layer was replaced, which has left these masks.
         """
         self._hold(self._checked(masks))
 
@@ -87,8 +93,8 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
     Args:
         model: a module; its structure and names stay as they are.
         masks: parameter name -> mask of the parameter's shape, bool or 0 and 1 of any dtype, True = kept. Parameters
-            without one stay dense. None: the zeros that the weights of linear and convolutional layers have now, in a
-            model that is sparse already; weights without zeros stay dense. Parameters may be frozen.
+            without one stay dense. None: the zeros that the weights of two or more dimensions have now, in a model that
+            is sparse already; weights without zeros, and embeddings, stay dense. Parameters may be frozen.
 
     Raises:
         TypeError, ValueError: a mask with other values, or of another shape than its parameter, or the name of no
@@ -110,8 +116,8 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> HeldMas
         masks = masks_of_zeros(model)
         if not masks:
             raise ValueError(
-                "there is nothing to hold: no weight of a linear or convolutional layer is zero. Load the sparse"
-                " weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
+                "there is nothing to hold: no weight of two or more dimensions, but for embeddings, is zero. Load the"
+                " sparse weights first, or give masks: hold(model, magnitude_masks(model, 0.9))"
             )
     found, explicit = find_masked(model, masks, frozen=True)
     check_directions(found, explicit)
