@@ -60,6 +60,12 @@ def scatter_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     _flat(tensor).scatter_(0, index, values)
 
 
+def clear_masked_(tensor: Tensor, index: Tensor) -> None:
+    """Set all elements but the kept ones to zero."""
+    kept = gather(tensor, index)
+    scatter_(tensor.zero_(), index, kept)
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """All elements in the order of the memory, without a copy."""
     return tensor.as_strided((tensor.numel(),), (1,))
