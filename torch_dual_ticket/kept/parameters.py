@@ -82,8 +82,8 @@ class KeptParameters:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters in the order of ``model.named_parameters()``, without the levels that wrappers add.
 
-        One vector of the kept weights, in row-major order, for each weight with a mask; the model's own parameters for
-        the others.
+        One vector of the kept weights for each weight with a mask, in an order that depends on the mask alone; the
+        model's own parameters for the others.
         """
         seen = set()
         for name, parameter in unwrapped_parameters(self._model):

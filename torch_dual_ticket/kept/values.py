@@ -115,6 +115,7 @@ class KeptValues(Ticket):
             for weight, parameter in self.sources(batch):
                 weight.hide_gradient(parameter)
 
+    @torch.no_grad()
     def zero(self, batch: Batch, masks: Any = None, *, counted: bool = False) -> None:
         """Write the values to the model, where the masked weights are and stay zero."""
         ticket = self._of()

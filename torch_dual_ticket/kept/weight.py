@@ -32,11 +32,13 @@ class KeptWeight(ManagedParameter):
     def tensor(self) -> Tensor:
         return self.values
 
-    @torch.no_grad()
     def read(self, parameter: Tensor) -> None:
         """Take over the parameter's values, if something else has changed them."""
-        if self.source_stamp == stamp_of(parameter):
-            return
+        if self.source_stamp != stamp_of(parameter):
+            self._read(parameter)
+
+    @torch.no_grad()
+    def _read(self, parameter: Tensor) -> None:
         self.index = kept_index(self.source, self.mask, parameter)
         values, grad = gather(parameter, self.index), self.values.grad
         if (values.device, values.dtype) == (self.values.device, self.values.dtype):
@@ -48,7 +50,6 @@ class KeptWeight(ManagedParameter):
                 self.values.grad.__dict__.update(grad.__dict__)
         self.source_stamp, self.stamp = stamp_of(parameter), stamp_of(self.values)
 
-    @torch.no_grad()
     def write(self, parameter: Tensor) -> bool:
         """Write the values to the parameter; returns whether its masked weights are known to be zero."""
         is_clean = self.source.is_clean(parameter)
@@ -97,7 +98,6 @@ class KeptWeight(ManagedParameter):
         self.values.grad = kept if grad is None or not adds else grad.add_(kept)
         setattr(self.values.grad, _TAKEN, True)
 
-    @torch.no_grad()
     def take_gradient(self, parameter: Tensor) -> None:
         """Make the gradients of the parameter and of the values one, whichever of them was set or removed."""
         self.read(parameter)
@@ -117,7 +117,6 @@ class KeptWeight(ManagedParameter):
             parameter.grad = None
             self.values.grad.__dict__.pop(_TAKEN, None)
 
-    @torch.no_grad()
     def give_back(self, parameter: Tensor) -> None:
         """Leave the parameter the gradient that it would have had."""
         self.take_gradient(parameter)
