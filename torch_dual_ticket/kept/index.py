@@ -19,9 +19,9 @@ _indices: weakref.WeakKeyDictionary[ManagedParameter, tuple[Mask, Any, Tensor]] 
 def kept_index(managed: ManagedParameter, mask: Mask, parameter: Tensor) -> Tensor:
     """The offsets of the kept weights in the parameter's memory; int32 where that reaches.
 
-    Their order depends on the mask alone, not on the memory format: an optimizer's state can be loaded in another one. It
-    takes turns among the quarters of the weight: a CPU reads ahead in several places at once, a third faster than in one.
-    The index is made once for a mask and a layout, which may wait for the device, and shared by all that ask.
+    Their order depends on the mask alone, not on the memory format: an optimizer's state can be loaded in another one.
+    It takes turns among the quarters of the weight, as a CPU reads faster in several places at once. The index is made
+    once for a mask and a layout, which may wait for the device, and shared by all that ask.
     """
     layout = parameter.device, parameter.shape, parameter.stride()
     known = _indices.get(managed)
@@ -39,7 +39,7 @@ def kept_index(managed: ManagedParameter, mask: Mask, parameter: Tensor) -> Tens
         offsets = offsets.as_strided(parameter.shape, parameter.stride())
         index = offsets.masked_select(mask.draw(device=parameter.device))  # in row-major order
         quarter = len(index) // 4
-        turns, rest = index.split([4 * quarter, len(index) - 4 * quarter])
+        turns, rest = torch.tensor_split(index, [4 * quarter])
         index = torch.cat([turns.view(4, quarter).t().reshape(-1), rest])
     _indices[managed] = mask, layout, index
     return index
