@@ -90,8 +90,8 @@ class Training:
         self.gradients = None
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(self.x), self.y).backward()
-        parameters = [*self.model.parameters(), *(self.kept or self.model).parameters()]
-        tensors = [*parameters, *(parameter.grad for parameter in parameters)]
+        parameters = [*(self.kept or self.model).parameters()]  # the gradients of the others have no memory
+        tensors = [*self.model.parameters(), *parameters, *(parameter.grad for parameter in parameters)]
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         tensors += [one.cache._cached.tensor for one in self.held._ticket.parameters if one.cache._cached is not None]
         if self.kept is not None:

@@ -90,6 +90,33 @@ def test_no_sync(options, way):
     alike(way, options, lambda training: training.updates(*range(5), micro_batches=3, clip=0.05))
 
 
+@every_way
+@pytest.mark.parametrize("options", ["plain", "bucket_views"])
+@on_two_ranks
+def test_clipping_over_the_model(options, way):
+    def live(training):
+        for index in range(5):
+            training.optimizer.zero_grad()
+            training.backward(index)
+            clip_grad_norm_(training.model.parameters(), 0.05)
+            training.optimizer.step()
+
+    alike(way, options, live, optimizer=sgd)
+
+
+@pytest.mark.parametrize("options", ["plain", "bucket_views"])
+@on_two_ranks
+def test_gradients_that_are_zeroed_in_place_after_a_step_that_was_skipped(options):
+    def live(training):
+        for index in range(5):
+            training.optimizer.zero_grad(set_to_none=False)
+            training.backward(index)
+            if index % 2:
+                training.optimizer.step()
+
+    alike("both", options, live)
+
+
 @on_two_ranks
 def test_a_second_update_of_the_same_gradients():
     def live(training):

@@ -14,6 +14,9 @@ from torch.nn.utils import clip_grad_norm_, prune
 from torch_dual_ticket import RSTScheduler, release
 from torch_dual_ticket.baselines import hold, random_ticket
 from torch_dual_ticket.kept import KeptParameters
+from torch_dual_ticket.kept.gradient import KeptGradient
+from torch_dual_ticket.kept.values import KeptValues
+from torch_dual_ticket.kept.weight import KeptWeight
 
 OPTIMIZERS = {
     "SGD": functools.partial(torch.optim.SGD, lr=0.1),
@@ -117,8 +120,17 @@ def test_the_model_and_its_names_stay():
     assert list(named) == list(before)
     assert named["2.weight"] is before["2.weight"]
     assert named["0.weight"].shape == (96,)
-    assert torch.equal(named["0.weight"], before["0.weight"][before["0.weight"] != 0])
+    assert torch.equal(named["0.weight"].sort()[0], before["0.weight"][before["0.weight"] != 0].sort()[0])
     assert dict(model.named_parameters()).items() >= before.items()
+
+
+@pytest.mark.filterwarnings("ignore:the mask keeps no weight")
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 96])
+def test_every_kept_weight_has_one_place(count):
+    model = make(mlp)
+    mask = (torch.arange(240) < count).view(20, 12)
+    kept = KeptParameters(hold(model, {"0.weight": mask}))
+    assert sorted(next(kept.parameters()).tolist()) == sorted(model[0].weight[mask].tolist())
 
 
 def test_groups():
@@ -219,14 +231,15 @@ def test_dense_gradients_do_not_live_together():
     alive = []
 
     def note(parameter):
-        alive.append(sum(0 not in p.grad.stride() for p in model.parameters() if p.grad is not None and p.dim() > 1))
+        others = (p for p in model.parameters() if p.dim() > 1 and p is not parameter)
+        alive.append(sum(type(p.grad) is torch.Tensor for p in others))
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(note)
     for index in range(2):
         loss_of(model, index, (12,)).backward()
     assert max(alive) == 0
-    assert all(p.grad.untyped_storage().nbytes() == 8 for p in model.parameters() if p.dim() > 1)
+    assert all(type(p.grad) is KeptGradient for p in model.parameters() if p.dim() > 1)
     assert all(parameter.grad is not None and parameter.grad.dim() == 1 for parameter in kept.parameters())
 
 
@@ -509,6 +522,52 @@ def test_a_second_one():
     training = Training(ADAMW, kept=True)
     with pytest.raises(RuntimeError, match=r"this HeldMasks has a KeptParameters already.* call remove\(\)"):
         KeptParameters(training.held)
+
+
+@pytest.mark.parametrize("at", ["connect", "gather_gradients"])
+def test_an_interrupted_construction(monkeypatch, at):
+    training = Training(MOMENTUM, kept=False)
+    training.backward(0)
+    before = [parameter.grad.clone() for parameter in training.model.parameters()]
+    with monkeypatch.context() as patched:
+        patched.setattr(KeptValues, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            KeptParameters(training.held)
+    assert all(map(torch.equal, before, (parameter.grad for parameter in training.model.parameters())))
+    training.optimizer.step()
+    KeptParameters(training.held)
+
+
+def test_an_interrupted_end(monkeypatch):
+    training, reference = Training(MOMENTUM, kept=True), Training(MOMENTUM, kept=False)
+    for each in (training, reference):
+        each.backward(0)
+    give_back, calls = KeptWeight.give_back, []
+
+    def second_is_interrupted(self, parameter):
+        calls.append(self)
+        return interrupted() if len(calls) == 2 else give_back(self, parameter)
+
+    monkeypatch.setattr(KeptWeight, "give_back", second_is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.kept.remove()
+    for each in (training, reference):  # it goes on
+        each.backward(1)
+        each.optimizer.step()
+        each.updates(2)
+    assert_same(training.model, reference.model)
+    training.kept.remove()
+    MOMENTUM(training.model.parameters()).step()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_copies():
+    training = Training(MOMENTUM, kept=True)
+    with pytest.raises(TypeError, match=r"cannot be copied or saved.*build a new one"):
+        copy.deepcopy([training.model, training.kept])
 
 
 def test_the_optimizer_of_before():

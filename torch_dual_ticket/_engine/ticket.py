@@ -348,12 +348,10 @@ class Ticket:
         that made them something else has been counted.
         """
         masks = self.stage.masks if masks is None else masks
-        found = batch.masks(masks, holds=True)
-        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
-        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
-        clear_all_(weights, [kept for _, kept in simple])
-        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
-        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
+        if self.kept is not None:  # it has an index of the kept weights, and needs no masks
+            self.kept.clear(batch, masks)
+        else:
+            self._clear(batch, masks, counted=counted)
         holds = self.holds
         for one, parameter in batch:  # after all changes: views of one tensor share a version
             before, stamp = one.stamp, stamp_of(parameter)
@@ -361,6 +359,15 @@ class Ticket:
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
             if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
                 self.connect(one, parameter)
+
+    @staticmethod
+    def _clear(batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
+        found = batch.masks(masks, holds=True)
+        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
+        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
+        clear_all_(weights, [kept for _, kept in simple])
+        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
+        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
 
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""

@@ -19,8 +19,9 @@ _indices: weakref.WeakKeyDictionary[ManagedParameter, tuple[Mask, Any, Tensor]] 
 def kept_index(managed: ManagedParameter, mask: Mask, parameter: Tensor) -> Tensor:
     """The offsets of the kept weights in the parameter's memory; int32 where that reaches.
 
-    They are in row-major order, whatever the memory format is: an optimizer's state can be loaded in another one. It is
-    made once for a mask and a layout, which may wait for the device, and shared by all that ask.
+    Their order depends on the mask alone, not on the memory format: an optimizer's state can be loaded in another one.
+    It takes turns among the quarters of the weight, as a CPU reads faster in several places at once. The index is made
+    once for a mask and a layout, which may wait for the device, and shared by all that ask.
     """
     layout = parameter.device, parameter.shape, parameter.stride()
     known = _indices.get(managed)
@@ -36,7 +37,10 @@ def kept_index(managed: ManagedParameter, mask: Mask, parameter: Tensor) -> Tens
     with torch.inference_mode(False):
         offsets = torch.arange(size, dtype=dtype, device=parameter.device)
         offsets = offsets.as_strided(parameter.shape, parameter.stride())
-        index = offsets.masked_select(mask.draw(device=parameter.device))
+        index = offsets.masked_select(mask.draw(device=parameter.device))  # in row-major order
+        quarter = len(index) // 4
+        turns, rest = torch.tensor_split(index, [4 * quarter])
+        index = torch.cat([turns.view(4, quarter).t().reshape(-1), rest])
     _indices[managed] = mask, layout, index
     return index
 
@@ -58,6 +62,12 @@ def scatter_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Write the kept elements back; the others stay."""
     index = index if _scatters_int32(tensor.device.type) else index.long()
     _flat(tensor).scatter_(0, index, values)
+
+
+def clear_masked_(tensor: Tensor, index: Tensor) -> None:
+    """Set all elements but the kept ones to zero."""
+    kept = gather(tensor, index)
+    scatter_(tensor.zero_(), index, kept)
 
 
 def _flat(tensor: Tensor) -> Tensor:

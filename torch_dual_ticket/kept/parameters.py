@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class KeptParameters:
     noticed by the version of the tensor, and gathered anew before the next step.
 
     The updates are those of the same optimizer on the whole model, for optimizers that treat every weight by itself,
-    like SGD or AdamW, or look at norms alone, like LBFGS or LAMB. Clip over :meth:`parameters`, not the model's.
+    like SGD or AdamW, or look at norms alone, like LBFGS or LAMB. Clip over :meth:`parameters`, or the model's.
 
     Args:
         held: the finalized :class:`torch_dual_ticket.RSTScheduler`, or what ``hold()`` or ``random_ticket()`` returned.
@@ -74,13 +73,17 @@ class KeptParameters:
             check_whole(managed.name, parameter)
         self._model = model
         self._values = KeptValues(ticket)
-        self._values.start()
+        try:
+            self._values.start()
+        except BaseException:  # nobody has this object yet, and another one would be refused
+            self._values.stop()
+            raise
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters in the order of ``model.named_parameters()``, without the levels that wrappers add.
 
-        One vector of the kept weights, in row-major order, for each weight with a mask; the model's own parameters for
-        the others.
+        One vector of the kept weights for each weight with a mask, in an order that depends on the mask alone; the
+        model's own parameters for the others.
         """
         seen = set()
         for name, parameter in unwrapped_parameters(self._model):
@@ -125,8 +128,8 @@ class KeptParameters:
             raise ValueError(f"the state of {type(source).__name__} does not fit {type(target).__name__}")
         counterparts: dict[int, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
         for weight, parameter in self._values.sources():
-            counterparts[id(parameter)] = weight.values, partial(weight.spread, parameter=parameter)
-            counterparts[id(weight.values)] = parameter, partial(weight.pick, parameter=parameter)
+            counterparts[id(parameter)] = weight.values, weight.spread
+            counterparts[id(weight.values)] = parameter, weight.pick
         sources = {id(parameter) for group in source.param_groups for parameter in group["params"]}
         state = target.state_dict()
         state["state"] = {}
@@ -145,6 +148,12 @@ class KeptParameters:
                     for name, value in source.state.get(other, {}).items()
                 }
         target.load_state_dict(state)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "KeptParameters cannot be copied or saved: its vectors belong to one model and one optimizer. Save"
+            " the states of model, scheduler and optimizer, and build a new one on them."
+        )
 
     def remove(self) -> None:
         """The model has its gradients again, and an optimizer on its own parameters may go on; zeros stay held."""
