@@ -51,7 +51,7 @@ def test_ema_pytorch(begin):
 
 
 def test_torch_ema():
-    """``store``, ``copy_to``, ``restore``: what its averages hold of before ``finalize()`` is masked when it is tried."""
+    """``store``, ``copy_to``, ``restore``: what is from before ``finalize()`` is masked when it is tried."""
     library = pytest.importorskip("torch_ema")
 
     def make_average(model):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import finalize_quietly
-from plain_loop import assert_holds_zeros, loss_of
+from plain_loop import assert_holds_zeros, assert_lives_alike, loss_of, normal
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -67,7 +67,9 @@ def test_lora_beside_layers_that_are_pruned():
     """The frozen base weights and the adapters stay dense; the error names the first."""
     library = pytest.importorskip("peft")
     config = library.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    with pytest.raises(ValueError, match=r"frozen .* exclude=\['base_model.model.2.original_module', '.*0.base_layer'\]"):
+    with pytest.raises(
+        ValueError, match=r"frozen .* exclude=\['base_model.model.2.original_module', '.*0.base_layer'\]"
+    ):
         RSTScheduler(library.get_peft_model(network(), config), 0.8)
     exclude = ["*.base_layer", "*.original_module", "*.lora_*"]
     model, rst = assert_a_life(lambda: library.get_peft_model(network(), config), exclude=exclude)
@@ -89,15 +91,11 @@ def test_graph_layers():
         def forward(self, x):
             return self.second(self.first(x, edges).relu(), edges)
 
-    def build():
-        torch.manual_seed(0)
-        return Graph()
-
     with pytest.raises(ValueError, match=r"targets=\(torch_geometric.nn.dense.linear.Linear,\) would take them"):
-        RSTScheduler(build(), 0.8)
-    _, rst = assert_a_life(build, targets=[library.Linear])
-    assert list(rst.masks) == ["first.lin.weight", "second.lin_l.weight", "second.lin_r.weight"]
-    rst = RSTScheduler(build(), pattern="2:4", targets=[(library.Linear, "weight", 1)])
+        RSTScheduler(Graph(), 0.8)
+    names = ["first.lin.weight", "second.lin_l.weight", "second.lin_r.weight"]
+    assert_lives_alike(Graph, normal(5, 32), names, targets=[library.Linear])
+    rst = RSTScheduler(Graph(), pattern="2:4", targets=[(library.Linear, "weight", 1)])
     assert rst.sparsity == 0.5
 
 
@@ -145,3 +143,23 @@ def test_training_that_is_aware_of_quantization(when):
     rst.remove()
     quantize_(model, library.QATConfig(step="convert"))
     assert all(torch.equal(model.get_parameter(name) != 0, kept) for name, kept in masks.items())
+
+
+def test_sentence_transformers(tmp_path):
+    """A sentence encoder with a tiny BERT, of which all but the embeddings are pruned."""
+    library = pytest.importorskip("sentence_transformers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path)
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+
+    def output(model):
+        return model(dict(model.preprocess(["a b c", "b d"])))["sentence_embedding"]
+
+    def build():
+        return library.SentenceTransformer(str(tmp_path), device="cpu").train()
+
+    _, rst = assert_a_life(build, output, exclude=["*pooler*"])
+    assert len(rst.masks) == 6

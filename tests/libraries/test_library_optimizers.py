@@ -11,11 +11,13 @@ from torch_dual_ticket import RSTScheduler
 SHAPE = INPUT_SHAPES[mlp]
 POPULAR = {
     "pytorch_optimizer": (
-        "AdaBelief ADOPT AdaBound AdamP Adan AdaPNM AdEMAMix CAME DAdaptAdam DiffGrad GaLore Grams Kron Lamb LARS"
+        "AdaBelief ADOPT AdaBound AdamP Adan AdaPNM AdEMAMix CAME DAdaptAdam DiffGrad GaLore Grams Lamb LARS"
         " Lion LaProp MADGRAD MARS NovoGrad Prodigy QHAdam Ranger ScalableShampoo SCION SGDP Shampoo SOAP StableAdamW"
         " StableSPAM Tiger Yogi"
     ),
-    "torch_optimizer": "AdaBelief AdaBound AdaMod AdamP AggMo DiffGrad Lamb MADGRAD NovoGrad PID QHAdam Ranger SGDP Shampoo Yogi",
+    "torch_optimizer": (
+        "AdaBelief AdaBound AdaMod AdamP AggMo DiffGrad Lamb MADGRAD NovoGrad PID QHAdam Ranger SGDP Shampoo Yogi"
+    ),
     "schedulefree": "AdamWScheduleFree RAdamScheduleFree SGDScheduleFree",
 }
 
@@ -39,7 +41,9 @@ def test_muon_of_pytorch_optimizer():
     library = pytest.importorskip("pytorch_optimizer")
 
     def make_optimizer(model):
-        matrices, others = ([p for p in model.parameters() if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+        matrices, others = (
+            [p for p in model.parameters() if (p.dim() == 2) is is_matrix] for is_matrix in (True, False)
+        )
         return library.Muon([{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}], lr=1e-2)
 
     assert_same_life(training_with(make_optimizer))
@@ -113,7 +117,9 @@ def test_lookahead_of_torch_optimizer():
         optimizer.step()
         rst.step()
     assert rst.residual() > 0
-    assert_holds_zeros(model.eval(), rst) if loss_of(model.eval(), 0, SHAPE) else None
+    model.eval()
+    loss_of(model, 0, SHAPE)
+    assert_holds_zeros(model, rst)
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"])
@@ -149,3 +155,22 @@ def test_schedulefree_evaluates_and_saves_zeros(name):
 def assert_holds_zeros_in(state, rst):
     for name, kept in rst.masks.items():
         assert torch.equal(state[name] != 0, kept), name
+
+
+@pytest.mark.parametrize("name", ["LOMO", "AdaLOMO"])
+def test_updates_within_the_backward_pass_are_noticed(name):
+    """No step of an optimizer, and no moment for ``apply_penalty()``."""
+    kind = getattr(pytest.importorskip("pytorch_optimizer"), name)
+    model = make(mlp)
+    optimizer = kind(model, lr=0.05)
+    rst = RSTScheduler(model, 0.8, steps=5, seed=3)
+
+    def train():
+        for index in range(3):
+            optimizer.fused_backward(loss_of(model, index, SHAPE), lr=0.05)
+            rst.step()
+
+    with pytest.warns(UserWarning, match="^0.weight, 2.weight, 4.weight changed, but no update applied the penalty"):
+        train()
+    with pytest.raises(RuntimeError, match="no update ever applied the penalty"):
+        rst.finalize()

@@ -233,6 +233,12 @@ CONSTRUCTIONS = {
         ValueError,
         r"nothing to prune: .*largest weights are memory.weight_ih_l0 .*targets=\(\(nn.LSTM, \['weight_ih_l0'",
     ),
+    "targets-none-but-large-weights-of-a-type-that-is-called-as-one-of-torch": (
+        lambda: type("Linear", (nn.Bilinear,), {"__module__": "library.nn"})(8, 8, 8),
+        {},
+        ValueError,
+        r"nothing to prune: .*targets=\(library.nn.Linear,\) would take them",
+    ),
     "targets-empty": (plain, {"targets": ()}, ValueError, r"nothing to prune: .*targets=\(\)"),
     "targets-absent": (plain, {"targets": (nn.Conv2d,)}, ValueError, r"nothing to prune: .*targets=\(Conv2d\)"),
     "targets-without-weight": (
