@@ -596,7 +596,7 @@ def test_a_run_without_a_result_is_made_again(tmp_path, capsys):
 def test_runs_on_another_text_are_other_runs(tmp_path):
     for number, letters in enumerate(("ab ba ", "abc cba ")):
         (tmp_path / str(number)).write_text(letters * 300)
-        arguments = ("--data", "text", "--data-dir", tmp_path / str(number), "--model", "char-transformer", "--batch", "4")
+        arguments = f"--data text --data-dir {tmp_path / str(number)} --model char-transformer --batch 4".split()
         run_command(tmp_path / "out", *arguments, "--methods", "scratch", "--seeds", "1", "--cycles", "1")
     assert len(Records(tmp_path / "out" / "records.jsonl").results) == 2
     assert len({cell.contents for cell in Records(tmp_path / "out" / "records.jsonl").results} - {""}) == 2
