@@ -104,6 +104,16 @@ def test_clipping_over_the_model(options, way):
     alike(way, options, live, optimizer=sgd)
 
 
+@on_two_ranks
+def test_messages_with_the_gradients_of_the_model():
+    """Those of the model have no memory to send; those of the kept values have."""
+    training = Training("plain", kept=True)
+    training.backward(0)
+    with pytest.raises(RuntimeError, match=r"allreduce_\S* needs the memory of the gradient of .*kept\.parameters"):
+        dist.all_reduce(next(training.model.parameters()).grad)
+    dist.all_reduce(training.parameters()[0].grad)
+
+
 @pytest.mark.parametrize("options", ["plain", "bucket_views"])
 @on_two_ranks
 def test_gradients_that_are_zeroed_in_place_after_a_step_that_was_skipped(options):
