@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from halves import SHAPE, sgd, uneven_mlp
 from models import assert_same, batch, finalize_quietly, make
-from ranks import everywhere, needs_fsdp2, on_two_ranks
+from ranks import everywhere, needs_fsdp2, on_four_ranks, on_two_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +50,7 @@ class Training:
         return list((self.kept or self.model).parameters())
 
     def backward(self, index):
-        x, y = (part.chunk(2)[dist.get_rank()] for part in batch(index, SHAPE))
+        x, y = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch(index, SHAPE))
         nn.functional.cross_entropy(self.model(x), y).backward()
 
     def updates(self, *indices, micro_batches=1, clip=None, syncs_all=False):
@@ -66,13 +66,13 @@ class Training:
 
 
 def alike(way, options, live, **settings):
-    """The same life with all weights in optimizer and messages ends with the same model, on both ranks."""
+    """The same life with all weights in optimizer and messages ends with the same model, on all ranks."""
     dense, sparse = Training(options, **settings), Training(options, *WAYS[way], **settings)
     live(dense)
     live(sparse)
     assert_same(sparse.model, dense.model)
     states = everywhere({name: value.clone() for name, value in sparse.model.state_dict().items()})
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(states[0][name], state[name]) for state in states for name in state)
     return sparse
 
 
@@ -81,6 +81,12 @@ def alike(way, options, live, **settings):
 @on_two_ranks
 def test_updates_are_those_of_plain_ddp(options, way):
     alike(way, options, lambda training: training.updates(*range(6), clip=0.05))
+
+
+@every_way
+@on_four_ranks
+def test_four_ranks(way):
+    alike(way, "plain", lambda training: training.updates(*range(6), clip=0.05))
 
 
 @every_way

@@ -109,9 +109,8 @@ class KeptValues(Ticket):
 
     def after_update(self, batch: Batch) -> None:
         self.zero(batch)
-        if (
-            dist.is_available() and dist.is_initialized()
-        ):  # DDP makes zeros of a gradient that it finds, and no rank has
+        # DDP makes zeros of a gradient that it finds and no rank has.
+        if dist.is_available() and dist.is_initialized():
             for weight, parameter in self.sources(batch):
                 weight.hide_gradient(parameter)
 
