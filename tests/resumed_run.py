@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo  # which the first optimizer loads: the calls of an import are not those of the training
 from models import INPUT_SHAPES, finalize_quietly, loss_of, make, mlp
 from torch import nn
 

@@ -403,21 +403,18 @@ class Ticket:
                 self.zero(Batch([(managed, shard)]))
                 kept = self.mask(managed).draw(device=parameter.device)
                 clear_([(local(parameter).data, kept.view(torch.uint8))])
-        elif self.manual or not managed.is_clean(parameter):
-            managed.check_kind(parameter)
-            is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
-            if is_known or not in_functional_call(sys._getframe(1)):
-                is_clean = managed.is_clean(parameter)
-                self.zero(Batch([(managed, parameter)]))
-                if self.kept is not None:
-                    managed.cache.drop()
-                if is_clean:  # as far as can be told: the gradients have been taken care of
-                    return
+            return
+        is_clean = managed.is_clean(parameter)
+        if is_clean and not self.manual and (trusts_stamp or parameter.is_meta or parameter.is_inference()):
+            return
+        managed.check_kind(parameter)
+        is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
+        if is_known or not in_functional_call(sys._getframe(1)):
+            self.zero(Batch([(managed, parameter)]))
+            if not is_clean:  # else the gradients have been taken care of, as far as can be told
                 self._managed = Batch([])
                 self.connect(managed, parameter)  # a tensor that was swapped can have the address of the one before
                 self.mask_gradients(Batch([(managed, parameter)]))
-        elif not (trusts_stamp or parameter.is_meta or parameter.is_inference()):
-            self.zero(Batch([(managed, parameter)]))
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
