@@ -4,7 +4,8 @@ What lives through a step: weights, gradients, the optimizer's state, masks, ind
 Activations and what an operation needs for a moment are not counted; with the kept weights alone that is one whole
 gradient at a time. The whole step is relative to dense AdamW (fused) with the masks held. The optimizer's part is what
 takes a gradient to new weights: for the kept weights with gathering and writing back, for all weights the bare
-optimizer's step, without masks. The bytes are those that one of two ranks gives to all_reduce in a step.
+optimizer's step, without masks. The bytes are those that one of two ranks gives to all_reduce in a step, and
+the time on a link is computed from them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ NETWORKS = {  # how it is built, the shape of a batch
     "Transformer-12, 25M": (lambda: networks.Transformer(416, 4, 1664), (8, 32, 416)),
 }
 LARGE = {"Transformer-12, 200M": (lambda: networks.Transformer(1184, 4, 4736), (8, 32, 1184))}
+LINK = 1e9  # bits per second; each of two ranks sends what it gives to all_reduce once
 WAYS = ["dense, fused", "dense, foreach", "kept, fused", "kept, foreach"]
 
 
@@ -113,7 +115,10 @@ def on_two_ranks(sparsity, device="cpu"):
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(send, (f"{folder}/store", f"{folder}/sent", sparsity, device), 2)
         dense, kept = torch.load(f"{folder}/sent")
-    return f"{kept / 2**20:.1f} of {dense / 2**20:.1f} MB ({kept / dense:.3f}) at {sparsity:.0%}"
+    seconds = " in place of ".join(f"{8 * sent / LINK:.2f}" for sent in (kept, dense))
+    return (
+        f"{kept / 2**20:.1f} of {dense / 2**20:.1f} MB ({kept / dense:.3f}) at {sparsity:.0%}, {seconds} s at 1 Gbit/s"
+    )
 
 
 def send(rank, store, result, sparsity, device):
