@@ -10,6 +10,9 @@ from test_kept_parameters import ADAMW, MOMENTUM, Training, both
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from torch_dual_ticket.baselines import hold, random_ticket
+from torch_dual_ticket.kept import KeptParameters
+
 
 @pytest.mark.parametrize("clip", ["norm", "norm_foreach", "value", "data", "norm_inf"])
 def test_clipping_over_the_model(clip):
@@ -165,3 +168,25 @@ def test_a_copy_of_the_model_in_the_middle_of_an_accumulation():
     training.backward(0)
     twin = copy.deepcopy(training.model)
     assert all(parameter.grad is None for parameter in twin.parameters())
+
+
+def test_a_layer_that_is_not_used_after_the_optimizer_has_zeroed_has_no_gradient():
+    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+    kept = KeptParameters(random_ticket(model, 0.5, seed=1))
+    optimizer = ADAMW(kept.parameters())
+    for layer in model:
+        layer(torch.ones(2, 8)).sum().backward()
+    optimizer.zero_grad()
+    model[0](torch.ones(2, 8)).sum().backward()
+    assert model[1].weight.grad is None
+    assert torch.equal(model[0].weight.grad.clone(), 2.0 * kept._values.weights["0.weight"].source.tensor().ne(0))
+
+
+def test_one_number_may_be_added_to_the_gradient_of_a_vector():
+    """It is broadcast, and not taken for the gradient that backward() adds."""
+    layer = nn.Linear(3, 6)
+    kept = KeptParameters(hold(layer, {"bias": torch.arange(6) % 2}))
+    layer(torch.ones(1, 3)).sum().backward()
+    layer.bias.grad.add_(torch.ones(1))
+    assert torch.equal(layer.bias.grad.clone(), 2.0 * (torch.arange(6) % 2))
+    assert [parameter.numel() for parameter in kept.parameters()] == [18, 3]

@@ -60,7 +60,6 @@ class KeptValues(Ticket):
             weight.give_back(parameter)
         if ticket is not None and ticket.kept is self:
             ticket.kept = None
-            ticket.mask_gradients(ticket.managed())
 
     # -- what the source's ticket calls --------------------------------------------------------------------------------
 
