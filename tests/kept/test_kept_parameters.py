@@ -616,3 +616,14 @@ def test_stock_pruning_takes_a_layer():
     prune.remove(training.model[0], "weight")
     training.updates(0)
     assert int(training.model[0].weight.count_nonzero()) == 96
+
+
+def test_a_state_of_a_part_of_the_model_is_not_moved():
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False))
+    dense = MOMENTUM(model[0].parameters())
+    kept = KeptParameters(random_ticket(model, 0.5, seed=1))
+    optimizer = MOMENTUM(kept.parameters())
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match="the source has no counterpart of a parameter of shape"):
+        kept.move_state(dense, optimizer)
+    assert optimizer.state_dict() == before

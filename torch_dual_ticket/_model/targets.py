@@ -129,7 +129,7 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
 
     ``types`` are module types, whose ``weight`` is taken, or pairs of a module type and an :mod:`fnmatch` pattern of
     parameter names, or several: ``(nn.LSTM, "weight_*")``; a third part is the dimension of the inputs. ``exclude`` are
-    fnmatch patterns of module names; a module's name stands for everything below it too. A tied parameter is excluded
+    fnmatch patterns of module names; a module's name stands for all that is below it, too. A tied parameter is excluded
     with any of its owners; with the default types, one that an embedding owns too is left out.
 
     Raises:

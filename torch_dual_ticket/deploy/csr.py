@@ -19,8 +19,8 @@ def to_csr(model: nn.Module) -> nn.Module:
     """A copy for inference on the CPU whose very sparse ``Linear`` layers are multiplied as CSR matrices, by MKL.
 
     Call it after ``finalize()`` and the finetuning of an unstructured ticket. Every ``nn.Linear`` of at least 262,144
-    weights (512 × 512) of which at least 90 % are zero is converted: such layers were faster than dense ones for every
-    number of rows that was measured. The others stay as they are, as they gain nothing or lose. (CSR tensors are a beta
+    weights (512 × 512) of which at least 90 % are zero is converted: such layers were faster than dense ones for all
+    numbers of rows measured. The others stay as they are, as they gain nothing or lose. (CSR tensors are a beta
     feature of torch.)
 
     Args:

@@ -7,7 +7,7 @@ through the network again until they fall inside, which keeps it a permutation (
 
 It gives the same on every device that divides integers exactly, and in every release of torch: the random functions
 are tables read from SHAKE-256, and the rest is table look-ups, additions, comparisons and divisions of integers.
-Nothing overflows: the halves are of the order of √n, their sums stay in int32 for every n below 2**58, and products are
+Nothing overflows: the halves are of the order of √n, their sums stay in int32 for any n below 2**58, and products are
 taken in int64 once n no longer fits into int32. No random generator of torch is involved.
 """
 
