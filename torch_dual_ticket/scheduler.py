@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from ._model.coverage import warn_of_coverage
 from ._model.masked import find_masked
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
-from ._rst.advice import Advice, lever
+from ._rst.advice import Advice
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
 from ._rst.loop_warnings import MissingPenalty, Unfinished, patience, warn_of_lost_layers
 from ._rst.managed import ManagedMasks
@@ -202,6 +201,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         self._missing_penalty.look(ticket, changed)
         self._sparse_start.speak()
         self._advice.speak()
+        self._unfinished.look()
 
     def _step_in_force(self) -> None:
         """A step while the masks are in force: nothing is left to do."""
@@ -312,7 +312,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             masks = self._final_masks()
             report = measure(ticket, masks)
             report_on_others = warn_of_unpenalized(ticket, report)
-            warn_of_residual(report_on_others, self._steps, self._timeline, partial(lever, ticket))
+            warn_of_residual(report_on_others, self._steps, self._timeline, ticket)
             ticket.hold_zeros(masks, self._steps, report)
         if layout == "prune":
             self.to_prune()
@@ -345,8 +345,10 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
     def state_dict(self) -> dict[str, Any]:
         """Scheduler steps (under ``ticks``), phase, seed, a fingerprint of each mask, the report of ``finalize()``.
 
-        Never masks or weights. It may wait for the device.
+        Never masks or weights. It may wait for the device. A process that ends at the step at which it was saved is
+        taken for a part of a longer training: nothing is said of a transformation that is not finished.
         """
+        self._unfinished.saved_at = self._steps
         return {
             "version": validation.STATE_VERSION,
             "ticks": self._steps,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .._engine.ticket import Ticket
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
+_OVERDUE = 100  # scheduler steps at least, and as many as the schedule has
 _LOOKS = (5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
@@ -87,18 +88,32 @@ def _changed(before: Mapping[str, Tensor], ticket: Ticket) -> list[str]:
 
 
 class Unfinished:
-    """Warns, once, of a transformation that was begun and never finalized: when its scheduler, or the process, ends."""
+    """Warns, once each, of a schedule that is over without finalize(), and of a transformation that ends without it."""
 
     def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
         self._ticket, self._total = ticket, total
+        self._overdue = 0  # scheduler steps since the schedule's end
+        self.saved_at = -1  # the scheduler step after which its state was saved: the training may go on elsewhere
         self.is_said = False
         weakref.finalize(scheduler, self._say)  # of a copy there is none
+
+    def look(self) -> None:
+        """Call it after each scheduler step."""
+        self._overdue += self._ticket.stage.steps == self._total
+        if self._overdue == 1 + max(_OVERDUE, self._total):  # the last of the schedule is among them
+            warnings.warn(
+                f"the schedule has been over for {self._overdue - 1:,} steps, and nothing is masked yet: call"
+                " rst.finalize() when rst.done says so. (For more time at the ceiling there is hold=…)",
+                stacklevel=3,
+            )
 
     def _say(self) -> None:
         ticket, steps = self._ticket, self._ticket.stage.steps
         is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and ticket.updates.ever and steps
-        # Where an exception ended the training, the user knows: one that is handled now, or has reached the top.
-        if not is_begun or self.is_said or sys.exc_info()[1] or getattr(sys, "last_value", None):
+        # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
+        # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
+        is_known = sys.exc_info()[1] or getattr(sys, "last_value", None) or self.saved_at == steps < self._total
+        if not is_begun or is_known or self.is_said:
             return
         self.is_said = True
         advice = (
@@ -108,7 +123,7 @@ class Unfinished:
         )
         warnings.warn(
             f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
-            f" zero. To get a sparse model, {advice}. (To give a transformation up there is rst.remove().)",
+            f" zero. To get a sparse model, {advice}. (If it was broken off on purpose, rst.remove() says so.)",
             stacklevel=4 if sys._getframe(2).f_code.co_name == "_exitfunc" else 3,  # of weakref, at the process's end
         )
 
