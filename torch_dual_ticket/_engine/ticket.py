@@ -75,6 +75,7 @@ class Ticket:
         self.manual = False  # apply_penalty() was called: there may be updates that no hook sees
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
         self.updates = Updates()
+        self.dummy_steps = 0  # which change versions of tensors, and no values
         self.serial = 0  # of the last penalty batch
         self.optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._model = None if model is None else weakref.ref(model)

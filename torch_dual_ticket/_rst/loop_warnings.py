@@ -33,13 +33,16 @@ class MissingPenalty:
         self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
         self._elsewhere = 0  # steps of other optimizers until then
         self._versions: dict[str, int] = {}  # of parameters without a penalty before the last scheduler step
+        self._dummy_steps = 0  # until then
         self._is_said = False
 
     def look(self, ticket: Ticket, unpenalized: Sequence[ManagedParameter]) -> None:
         """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
-        is_overdue, before = False, self._versions
+        is_overdue = False
+        before = self._versions if self._dummy_steps == ticket.dummy_steps else {}
+        self._dummy_steps = ticket.dummy_steps
         found = ((one.name, one.tensor()) for one in unpenalized)
         self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
         changed = [name for name, now in self._versions.items() if before.get(name, now) != now]
