@@ -17,7 +17,7 @@ from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
 from ._rst.advice import Advice
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
-from ._rst.loop_warnings import MissingPenalty, Unfinished, patience, warn_of_lost_layers
+from ._rst.loop_warnings import MissingPenalty, MissingStep, Unfinished, warn_of_lost_layers
 from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
 from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
@@ -164,8 +164,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             scheduler=self,
             optimizer=optimizer,
             stores_masks=store_masks,
-            patience=patience(self._timeline.total),
             before_first=self._sparse_start.count,
+            after_update=MissingStep(self._timeline.total).look,
         )
         manage(self._ticket, found)
         self._unfinished = Unfinished(self, self._ticket, self._timeline.total)
@@ -187,7 +187,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
                 warn_of_lost_layers(ticket.detach_lost(), stacklevel=3)
             self._step_in_force()
             return
-        if not ticket.all_penalized():
+        unpenalized = [] if ticket.is_captured else ticket.unpenalized()
+        if unpenalized:
             validation.check_reachable(ticket, stacklevel=3)
         if not ticket.parameters:
             return
@@ -196,9 +197,9 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         steps = min(self._steps + ticket.counts(is_last=self._steps == timeline.total - 1), timeline.total)
         self._advice.look(ticket, self._steps, steps)
         penalty, masks = timeline.penalty(steps), self._masks_after(steps)  # a schedule may raise
-        changed = ticket.begin_step()
+        ticket.begin_step()
         ticket.transform(masks, penalty, steps)
-        self._missing_penalty.look(ticket, changed)
+        self._missing_penalty.look(ticket, unpenalized)
         self._sparse_start.speak()
         self._advice.speak()
         self._unfinished.look()
@@ -388,6 +389,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         else:
             self._ticket.transform(masks, penalty, steps)
         self._ticket.resume(pending=pending)
+        self._missing_penalty = MissingPenalty()
 
     def _fingerprints(self, seed: int | None) -> dict[str, str]:
         masks = self._planned(seed).items()

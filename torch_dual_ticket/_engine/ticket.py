@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from .._tensors.dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
+from .._tensors.dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards
 from .._tensors.kernels import add_scaled_, add_scaled_all_, bits, clear_, clear_all_
 from .batch import Batch
 from .call_stack import in_functional_call
@@ -65,8 +64,8 @@ class Ticket:
         scheduler: Any = None,
         optimizer: Optimizer | None = None,
         stores_masks: bool = True,
-        patience: int = 0,
         before_first: Callable[[Ticket], None] | None = None,
+        after_update: Callable[[Ticket, int], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
@@ -76,6 +75,7 @@ class Ticket:
         self.manual = False  # apply_penalty() was called: there may be updates that no hook sees
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
         self.updates = Updates()
+        self.dummy_steps = 0  # which change versions of tensors, and no values
         self.serial = 0  # of the last penalty batch
         self.optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._model = None if model is None else weakref.ref(model)
@@ -83,11 +83,10 @@ class Ticket:
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
         self._captured = CapturedPenalty()
         self._serial_at_step = 0
-        self._versions: dict[str, int] = {}  # at the last scheduler step, of what had not been penalized before it
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._before_first = before_first  # called once, before the first update
-        self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
+        self._after_update = after_update  # called with the number of updates of that optimizer in this scheduler step
         self._gradient_hook = GradientHook(self._on_gradients)
         self.kept: Any = None  # where the kept weights are trained alone: it takes the gradients, and none is masked
 
@@ -103,6 +102,11 @@ class Ticket:
     def holds(self) -> bool:
         """Whether the masked weights are held at zero."""
         return self.stage.phase is Phase.FINETUNE
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph has the update: its replays go unseen."""
+        return self._captured.is_captured
 
     def model(self) -> nn.Module | None:
         """None where it was dropped, or is not known: a copy."""
@@ -418,9 +422,10 @@ class Ticket:
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
-    def all_penalized(self) -> bool:
-        """Whether every parameter was penalized since the last scheduler step; so none of them is out of reach."""
-        return all(managed.penalized_at > self._serial_at_step for managed in self.parameters)
+    def unpenalized(self) -> list[ManagedParameter]:
+        """The parameters that have not been penalized since the last scheduler step."""
+        since = self._serial_at_step
+        return [managed for managed in self.parameters if managed.penalized_at <= since]
 
     def counts(self, *, is_last: bool) -> bool:
         """Whether a scheduler step counts now; for certain, if it is the last one.
@@ -430,53 +435,33 @@ class Ticket:
         self._captured.check_not_capturing()
         return self.updates.settle(wait=is_last) or self._captured.is_captured
 
-    def begin_step(self) -> list[str]:
-        """Begin a new scheduler step; returns the parameters that have changed without a penalty since the last one."""
-        before, self._versions = self._versions, {}
-        if not (self.all_penalized() or self._captured.is_captured):
-            for managed in self.parameters:
-                tensor = managed.tensor() if managed.penalized_at <= self._serial_at_step else None
-                if tensor is not None and tensor.requires_grad:
-                    self._versions[managed.name] = version(tensor)
-        bypassed = [name for name, now in self._versions.items() if before.get(name, now) != now]
+    def begin_step(self) -> None:
+        """Begin a new scheduler step."""
         if self.updates.pending and self.silenced:  # what is done manually may come before this step and the update
             self._update_is_over = True
         elif self.updates.pending:
             self._update += 1
         self._restart(pending=False)
-        return bypassed
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
         self.updates = Updates()
         self._update, self._update_is_over = self._update + 1, False
         self._restart(pending=pending)
-        self.forget_versions()
         if self.stage.steps:
             for managed in self.parameters:
                 managed.penalized_at = max(managed.penalized_at, 0)  # it may have been, before the restart
 
-    def forget_versions(self) -> None:
-        """Whatever changes the weights now needs no penalty."""
-        self._versions = {}
-
     def _restart(self, *, pending: bool) -> None:
         self.updates.restart(pending=pending)
-        self.silenced, self._patience = False, 0
+        self.silenced = False
         self._serial_at_step = self.serial
 
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
         self.updates.complete(optimizer)
-        made = self.updates.by[id(optimizer)]
-        if self._patience and made >= self._patience:
-            self._patience = 0
-            warnings.warn(
-                f"{made:,} updates applied the penalty, and rst.step() has not been called: λ stays at"
-                f" {self.stage.penalty:.3g}, and the schedule does not end, until it is. Call it after each"
-                " optimizer.step(), or after each epoch if steps and hold count epochs.",
-                stacklevel=2,
-            )
+        if self._after_update is not None:
+            self._after_update(self, self.updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

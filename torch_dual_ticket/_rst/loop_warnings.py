@@ -11,13 +11,14 @@ import torch
 
 from .._engine.optimizer_hooks import steps_elsewhere
 from .._engine.ticket import Phase
-from .._tensors.dtensor import local
+from .._tensors.dtensor import local, version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from .._engine.parameter import ManagedParameter
     from .._engine.ticket import Ticket
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
@@ -32,13 +33,20 @@ class MissingPenalty:
         self._idle_steps = 0  # before the first penalty
         self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
         self._elsewhere = 0  # steps of other optimizers until then
+        self._versions: dict[str, int] = {}  # of parameters without a penalty before the last scheduler step
+        self._dummy_steps = 0  # until then
         self._is_said = False
 
-    def look(self, ticket: Ticket, changed: Sequence[str]) -> None:
-        """Call it at each scheduler step, with the parameters that have changed without a penalty."""
+    def look(self, ticket: Ticket, unpenalized: Sequence[ManagedParameter]) -> None:
+        """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
         is_overdue = False
+        before = self._versions if self._dummy_steps == ticket.dummy_steps else {}
+        self._dummy_steps = ticket.dummy_steps
+        found = ((one.name, one.tensor()) for one in unpenalized)
+        self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
+        changed = [name for name, now in self._versions.items() if before.get(name, now) != now]
         if ticket.updates.ever:
             self._sample = {}
         else:
@@ -128,9 +136,22 @@ class Unfinished:
         )
 
 
-def patience(steps: int) -> int:
-    """Updates after which a scheduler step is missed; a schedule of few steps may count epochs, which can be long."""
-    return 1_000 if steps >= 1_000 else 10_000
+class MissingStep:
+    """Warns, once, where many updates apply the penalty and no scheduler step comes."""
+
+    def __init__(self, total: int) -> None:
+        self._patience = 1_000 if total >= 1_000 else 10_000  # few steps may count epochs, which can be long
+
+    def look(self, ticket: Ticket, updates: int) -> None:
+        """Call it after each update, with their number since the last scheduler step."""
+        if updates != self._patience or ticket.stage.steps:
+            return
+        warnings.warn(
+            f"{updates:,} updates applied the penalty, and rst.step() has not been called: λ stays at"
+            f" {ticket.stage.penalty:.3g}, and the schedule does not end, until it is. Call it after each"
+            " optimizer.step(), or after each epoch if steps and hold count epochs.",
+            stacklevel=3,
+        )
 
 
 def warn_of_lost_layers(names: Sequence[str], stacklevel: int) -> None:
