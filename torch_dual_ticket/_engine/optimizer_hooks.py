@@ -6,6 +6,7 @@ walks over its hooks is not safe, and a scheduler may be dropped at any moment.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import threading
 import weakref
@@ -45,7 +46,15 @@ def register(ticket: Ticket) -> None:
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
+            atexit.register(_let_go)
             _installed = True
+
+
+def _let_go() -> None:
+    """At the end of the process: process groups cannot go while something still has tensors that are sharded."""
+    _lookups.clear()
+    for ticket in tickets():
+        ticket.let_go()
 
 
 def tickets() -> list[Ticket]:

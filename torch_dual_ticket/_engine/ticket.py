@@ -128,6 +128,12 @@ class Ticket:
             self._managed = known = Batch([(managed, tensor) for managed, tensor in found if tensor is not None])
         return known
 
+    def let_go(self) -> None:
+        """Keep no tensor of the model; each is looked up again when it is needed."""
+        self._managed = Batch([])
+        for managed in self.parameters:
+            managed.shard = None
+
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
         if (model := self.model()) is not None:
