@@ -66,7 +66,7 @@ class Advice:
         except Exception:  # of a custom schedule: step() raises it when it comes to that point
             return
         for optimizer, held in held_by(ticket) if max(penalties) > 0 else ():
-            updates = ticket.updates.by[id(optimizer)]
+            updates = ticket.transformation.updates.by[id(optimizer)]
             groups = {id(group): group for group in held.groups}.values()
             if not updates or any(isinstance(group.get("lr"), Tensor) for group in groups):  # reading it might wait
                 continue
