@@ -10,7 +10,8 @@ from torch import nn
 
 from ._engine import layer_hook
 from ._engine.layer_hook import manage
-from ._engine.ticket import Phase, Stage, Ticket
+from ._engine.stage import Phase, Stage
+from ._engine.ticket import Ticket
 from ._model.coverage import warn_of_coverage
 from ._model.masked import find_masked
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
@@ -187,14 +188,15 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
                 warn_of_lost_layers(ticket.detach_lost(), stacklevel=3)
             self._step_in_force()
             return
-        unpenalized = [] if ticket.is_captured else ticket.unpenalized()
+        transformation = ticket.transformation
+        unpenalized = transformation.unpenalized(ticket.parameters)
         if unpenalized:
             validation.check_reachable(ticket, stacklevel=3)
         if not ticket.parameters:
             return
         if not (self._steps or self._seed_is_given):
             check_not_joined(self._ranks)
-        steps = min(self._steps + ticket.counts(is_last=self._steps == timeline.total - 1), timeline.total)
+        steps = min(self._steps + transformation.counts(is_last=self._steps == timeline.total - 1), timeline.total)
         self._advice.look(ticket, self._steps, steps)
         penalty, masks = timeline.penalty(steps), self._masks_after(steps)  # a schedule may raise
         ticket.begin_step()
@@ -353,7 +355,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         return {
             "version": validation.STATE_VERSION,
             "ticks": self._steps,
-            "update_pending": self._ticket.updates.settle(wait=True),
+            "update_pending": self._ticket.transformation.updates.settle(wait=True),
             "phase": self.phase,
             "seed": self.seed,
             "masks": self._fingerprints(self.seed),

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, prune
 
 from torch_dual_ticket import RSTScheduler, release
+from torch_dual_ticket._engine.enforcement import Enforcement
 from torch_dual_ticket.baselines import hold, random_ticket
 from torch_dual_ticket.kept import KeptParameters
 from torch_dual_ticket.kept.gradient import KeptGradient
-from torch_dual_ticket.kept.values import KeptValues
 from torch_dual_ticket.kept.weight import KeptWeight
 
 OPTIMIZERS = {
@@ -524,13 +524,19 @@ def test_a_second_one():
         KeptParameters(training.held)
 
 
-@pytest.mark.parametrize("at", ["connect", "gather_gradients"])
+@pytest.mark.parametrize("at", ["connect", "take_gradient"])
 def test_an_interrupted_construction(monkeypatch, at):
     training = Training(MOMENTUM, kept=False)
     training.backward(0)
     before = [parameter.grad.clone() for parameter in training.model.parameters()]
+    method, calls = getattr(KeptWeight, at), []
+
+    def second_is_interrupted(self, parameter):
+        calls.append(self)
+        return interrupted() if len(calls) == 2 else method(self, parameter)
+
     with monkeypatch.context() as patched:
-        patched.setattr(KeptValues, at, interrupted)
+        patched.setattr(KeptWeight, at, second_is_interrupted)
         with pytest.raises(KeyboardInterrupt):
             KeptParameters(training.held)
     assert all(map(torch.equal, before, (parameter.grad for parameter in training.model.parameters())))
@@ -608,7 +614,7 @@ def test_a_weight_with_gaps_in_memory():
     held = random_ticket(model, 0.6, seed=1)
     with pytest.raises(RuntimeError, match=r"0\.weight has gaps in its memory .*contiguous"):
         KeptParameters(held)
-    assert held._ticket.kept is None
+    assert type(held._ticket.enforcement) is Enforcement
 
 
 def test_stock_pruning_takes_a_layer():

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .call_stack import name_to_prune
 from .optimizer_hooks import register, tickets
 from .parameter import ManagedParameter, WeakOccurrence, remove_hook
-from .ticket import Phase
+from .stage import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

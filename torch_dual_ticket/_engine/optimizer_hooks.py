@@ -20,7 +20,7 @@ from .._tensors.dtensor import is_sharded
 from .batch import Batch
 from .call_stack import in_dummy_step, outer_steps
 from .hook_order import pair
-from .ticket import Phase
+from .stage import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,8 +127,8 @@ def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
     found = [
         (ticket, held)
         for ticket, held in found
-        if not (ticket.holds or ticket.silenced)
-        and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
+        if not (ticket.holds or ticket.transformation.silenced)
+        and ((given := ticket.transformation.optimizer) is None or _is_part(optimizer, given()))
     ]
     if found and (parts := _parts(optimizer)):
         left = {key for part in parts for key in groups_of(part)}
@@ -192,7 +192,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     to_penalize = _to_penalize(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
         for ticket, _ in to_penalize:
-            ticket.dummy_steps += 1
+            ticket.transformation.dummy_steps += 1
         return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:
@@ -212,16 +212,17 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
         for ticket, held in found:
             if ticket.holds:
                 ticket.zero(Batch([(one, parameter) for one, parameter in held if not one.is_clean(parameter)]))
-        before = {id(ticket): ticket.serial for ticket, _ in found}
+        before = {id(ticket): ticket.transformation.serial for ticket, _ in found}
         loss = closure()
         for ticket, held in found:
             if ticket.holds:
                 ticket.before_update(held, optimizer)
         for ticket, held in _to_penalize(_find(optimizer), optimizer):
             # But for what the closure has penalized itself: it may be that of a step around this one, handed down.
-            penalized = ticket.penalize(held, optimizer, after=before.get(id(ticket), ticket.serial))
+            transformation = ticket.transformation
+            penalized = ticket.penalize(held, optimizer, after=before.get(id(ticket), transformation.serial))
             if isinstance(optimizer, LBFGS):  # its line search compares losses
-                loss = loss + ticket.penalty_term(penalized)
+                loss = loss + transformation.term(penalized, ticket.stage.masks, ticket.stage.penalty)
         return loss
 
     return evaluate

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._engine.optimizer_hooks import steps_elsewhere
-from .._engine.ticket import Phase
+from .._engine.stage import Phase
 from .._tensors.dtensor import local, version
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ class MissingPenalty:
         if self._is_said:
             return
         is_overdue = False
-        before = self._versions if self._dummy_steps == ticket.dummy_steps else {}
-        self._dummy_steps = ticket.dummy_steps
+        transformation = ticket.transformation
+        before = self._versions if self._dummy_steps == transformation.dummy_steps else {}
+        self._dummy_steps = transformation.dummy_steps
         found = ((one.name, one.tensor()) for one in unpenalized)
         self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
         changed = [name for name, now in self._versions.items() if before.get(name, now) != now]
-        if ticket.updates.ever:
+        if transformation.updates.ever:
             self._sample = {}
         else:
             self._idle_steps += 1
@@ -64,7 +65,7 @@ class MissingPenalty:
         others = (
             "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
             " optimizer of another library or of another model)"
-            if ticket.optimizer is None
+            if transformation.optimizer is None
             else "something else than the optimizer that was given to the scheduler"
         )
         yet = "" if changed else "if there were any, "
@@ -117,7 +118,8 @@ class Unfinished:
 
     def _say(self) -> None:
         ticket, steps = self._ticket, self._ticket.stage.steps
-        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and ticket.updates.ever and steps
+        made = ticket.transformation.updates.ever and steps
+        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and made
         # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
         # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
         is_known = sys.exc_info()[1] or getattr(sys, "last_value", None) or self.saved_at == steps < self._total

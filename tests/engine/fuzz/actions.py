@@ -513,7 +513,6 @@ def freeze(world: World, *, layer: int) -> None:
     if not thaws and len(world.frozen) + 1 == len(layers):
         return
     world.frozen ^= {name}
-    world.was_frozen = True
     for side in world.sides:
         side.model.get_submodule(name).requires_grad_(thaws)
         side.model.zero_grad(set_to_none=True)
@@ -741,4 +740,4 @@ def new_schedulers(world: World) -> None:
     world.mask_seeds, masks = world.choose_masks(next(world.fresh_seeds))
     world.mine.make_tickets(world.mask_seeds)
     world.theirs.make_tickets(masks)
-    world.saved = None
+    world.saved, world.was_ticket = None, True
