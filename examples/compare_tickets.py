@@ -35,6 +35,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ from comparison.models import MODELS
 from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
 from comparison.records import Records
-from comparison.report import Report
+from comparison.report import PAGE, Report
 from comparison.training import load
 
 if TYPE_CHECKING:
@@ -175,12 +176,21 @@ class Comparison:
         return {cell: self.records.results[cell] for cell in cells}
 
 
-def description(options: argparse.Namespace, command: list[str]) -> str:
+def subject(options: argparse.Namespace) -> str:
+    """The network and the data, with their sizes."""
+    data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
+    weights = sum(p.numel() for p in MODELS[options.model].build(data.example_shape, data.classes).parameters())
+    shape = " × ".join(map(str, data.example_shape))
+    return f"{options.model} ({weights:,} weights) on {options.data} ({data.sizes['train']:,} examples of {shape})"
+
+
+def description(options: argparse.Namespace, command: list[str], report: Report) -> str:
     data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
     sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
-    trials = f"{len(options.rates)} learning rates ({', '.join(f'{rate:g}' for rate in options.rates)})"
+    trials, separate = ", ".join(f"{rate:g}" for rate in options.rates), options.tuning_seeds
+    trials = f"learning rate {trials}" if len(options.rates) == 1 else f"the best of the learning rates {trials}"
     if len(options.rates) > 1:
-        trials += f", tried with {options.tuning_seeds} separate seed(s) on the validation part"
+        trials += f", tried with {separate} separate seed{'s' * (separate > 1)} on the validation part"
     pixels = f", averaged to {options.pixels} × {options.pixels} pixels" if options.pixels else ""
     again = (
         "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
@@ -192,10 +202,8 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     ceilings = (", or " if options.choose_penalty else " and ").join(f"{p:g}" for p in options.max_penalties)
     if options.choose_penalty:
         ceilings += " (chosen with the learning rate, on the same data)"
-    return f"""# {options.model} on {options.data}
-
-    {shlex.join(command)}
-
+    masked = "\n- Just masked: validation accuracy between the mask and the training that follows it."
+    texts = f"""
 - Budget: {options.updates:,} updates of batch {options.batch} for every run; methods that search for a ticket spend
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
 - Learning rates {DECAYS[options.decay]} {again}.
@@ -209,13 +217,14 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 - Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and so on are
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
-  brackets: relative to dense training.
-- Just masked: validation accuracy between the mask and the training that follows it.
+  brackets: relative to dense training.{masked * report.knows_masked}
 - Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of the last stretch of training.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.
-
 """
+    bullets = [" ".join(bullet.split()) for bullet in texts.split("\n- ")[1:]]
+    text = "\n".join(fill(f"- {bullet}", PAGE, subsequent_indent="  ", break_on_hyphens=False) for bullet in bullets)
+    return f"# {options.model} on {options.data}\n\n    {shlex.join(command)}\n\n{text}\n\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -242,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
             progress.console.print(f"{options.minutes:g} minutes are over; the same command makes the other runs")
             return
         if is_first:
-            report = Report(results)
-            text = description(options, command) + report.markdown()
+            report = Report(results, subject(options))
+            text = description(options, command, report) + report.markdown()
             (options.out / "table.md").write_text(text, encoding="utf-8")
             report.write_csv(options.out / "table.csv")
             report.draw(options.out / "picture.png")
