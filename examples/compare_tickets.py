@@ -244,7 +244,7 @@ def compare(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     **options: Any,
 ) -> Report:
-    """The same comparison as a call, for a notebook: of a model and data of one's own, in this process.
+    """The same comparison as a call, for a notebook: on your own model and data, in this process.
 
     It keeps no records: for what takes hours, put the functions into a file and use the command with ``--recipe``.
 

@@ -57,7 +57,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "  the usual recipe of ResNet-20, eight runs at a time on one GPU, and none begun after six minutes\n"
         "    python examples/compare_tickets.py --device cuda --jobs 8 --minutes 6 --data cifar10 --data-dir data \\\n"
         "      --model resnet20 --updates 64000 --batch 128 --rates 0.1 --decay steps --weight-decay 1e-4 --out cifar\n"
-        "  a classifier and data of your own\n"
+        "  your own classifier and data\n"
         "    python examples/compare_tickets.py --recipe my_recipe.py --updates 2000 --sparsity 0.9 --out mine\n"
         f"\n{RECIPE}",
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import sys
 import warnings
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,16 +41,15 @@ def read_recipe(path: Path) -> str:
     if not path.is_file() or path.suffix != ".py":
         raise RecipeError(f"{path} is not a Python file: write one with the functions model() and data()")
     sys.path.append(str(path.parent.resolve()))  # for what lies beside it, as for a program
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module, code = ModuleType(f"recipe {path.stem}"), path.read_bytes()
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where pickle and inspect look for it
+    exec(compile(code, path, "exec"), vars(module))  # an import could take the bytecode of an earlier text
     for name, need in NEEDS.items():
         if not callable(getattr(module, name, None)):
             raise RecipeError(f"{path} has no function {name}(): {need}")
     options = {name: getattr(module, name) for name in ("dense_layers", "optimizer", "rates") if hasattr(module, name)}
-    return add_recipe(path.name, module.model, module.data, code=path.read_bytes(), **options)
+    return add_recipe(path.name, module.model, module.data, code=code, **options)
 
 
 def add_recipe(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from functools import partial
 from pathlib import Path
 
 import compare_tickets
 import pytest
 import torch
-from comparison import engines, training
-from comparison.data import Tensors
+from comparison import training
+from comparison.data import DATA, Tensors
+from comparison.models import MODELS, OPTIMIZERS
+from comparison.options import RECIPE as RECIPE_IN_HELP
 from comparison.recipe import add_recipe
 from comparison.records import Records
 from torch import nn
@@ -19,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parents[2]
 RECIPE = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+OPTIONS = ("dense_layers", "optimizer", "rates")
 pytestmark = pytest.mark.filterwarnings("ignore:the mask keeps no weight")
 
 
@@ -70,6 +74,16 @@ def test_the_whole_command_on_the_documented_recipe(tmp_path, capsys):
     assert "0 updates to make" in capsys.readouterr().out
 
 
+def test_the_recipe_in_the_help_text_can_be_used():
+    x, y = torch.randn(20, 1, 8, 8), torch.arange(20) % 10
+    given = {name + part: value for part in ("", "_validation", "_test") for name, value in (("x", x), ("y", y))}
+    recipe = {"nn": nn, "torch": torch, **given}
+    exec(textwrap.dedent(RECIPE_IN_HELP.partition("\n")[2].rpartition("\n\n")[0]), recipe)
+    name = add_recipe("help", recipe["model"], recipe["data"], **{key: recipe[key] for key in OPTIONS})
+    assert MODELS[name].dense_layers == ("3",)
+    assert MODELS[name].rates == OPTIMIZERS[MODELS[name].optimizer].rates == (0.03, 0.1)
+
+
 def test_what_was_edited_is_run_anew(tmp_path, monkeypatch):
     """The recipe, its data, and a layer in a file beside it."""
     layer = "from torch import nn\n\n\nclass Layer(nn.Linear):\n    {}\n"
@@ -94,16 +108,18 @@ def add_data(seed):
     return training.load.__wrapped__(add_recipe("recipe", small, lambda: random_data(seed)), None, torch.device("cpu"))
 
 
-def test_processes_read_the_recipe_and_notice_what_changed(tmp_path):
+def test_processes_read_the_recipe_and_notice_what_changed(tmp_path, monkeypatch):
     path = write(tmp_path)
     for jobs in ("1", "2"):
-        run(path, "--rates", "0.1", "--jobs", jobs, "--out", str(tmp_path / jobs))
+        run(path, "--rates", "0.1", "--methods", "scratch", "--jobs", jobs, "--out", str(tmp_path / jobs))
     one, two = (Records(tmp_path / jobs / "records.jsonl").results for jobs in ("1", "2"))
     assert {cell: result["test"] for cell, result in one.items()} == {c: r["test"] for c, r in two.items()}
     cell = next(iter(one))
+    monkeypatch.delitem(DATA, "my_recipe.py")  # as in a process that has not read it
+    training.load.cache_clear()
     write(tmp_path, RECIPE.replace("manual_seed(0)", "manual_seed(1)"))
     with pytest.raises(RuntimeError, match="not what it was when the comparison began"):
-        list(engines.in_processes(1, [cell], path, torch.device("cpu"), int))
+        training.run_cell(cell, path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
