@@ -266,13 +266,15 @@ def compare(
     if wrong := NOT_IN_A_CALL & set(options):
         raise TypeError(f"compare() has no {min(wrong)}: use the command for it, with the functions in a --recipe file")
     name = f"{getattr(model, '__name__', 'model')}()"
-    rates = options.get("rates", ())
-    add_recipe(name, model, data, dense_layers=dense_layers, optimizer=optimizer, rates=rates)
+    given = {
+        option: list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        for option, value in options.items()
+        if value is not None and value is not False
+    }
+    add_recipe(name, model, data, dense_layers=dense_layers, optimizer=optimizer, rates=given.get("rates", []))
     argv: list[str] = []
-    for option, value in options.items():
-        if value is not None and value is not False:
-            values = [] if value is True else [value] if isinstance(value, str) else value
-            argv += [f"--{option.replace('_', '-')}", *map(str, values if isinstance(values, Iterable) else [values])]
+    for option, values in given.items():
+        argv += [f"--{option.replace('_', '-')}", *(str(value) for value in values if value is not True)]
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(message)

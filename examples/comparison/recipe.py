@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
@@ -71,6 +72,8 @@ def add_recipe(
         raise RecipeError(f"{name}: model() returned the same module twice: {NEEDS['model']}")
     if isinstance(dense_layers, str):
         raise RecipeError(f"{name}: dense_layers is {dense_layers!r}: make it a list of names, [{dense_layers!r}]")
+    if not isinstance(rates, (list, tuple)) or not all(isinstance(rate, (int, float)) and rate > 0 for rate in rates):
+        raise RecipeError(f"{name}: rates is {rates!r}: make it a list of learning rates, such as [0.03, 0.1]")
     if optimizer is not None and not rates:
         raise RecipeError(f"{name}: optimizer(parameters, lr) needs rates, the learning rates to choose from")
     try:
@@ -84,7 +87,7 @@ def add_recipe(
 
     code += str(built).encode() + "".join(sorted({source_of(type(module)) for module in built.modules()})).encode()
     tensors = Tensors(parts, classes, code)
-    DATA[name] = lambda _: tensors
+    DATA[name] = lambda _: copy.copy(tensors)  # as it is moved to a device
     chosen = "sgd"
     if optimizer is not None:
         chosen = f"optimizer() of {name}"

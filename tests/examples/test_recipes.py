@@ -133,6 +133,7 @@ def test_processes_read_the_recipe_and_notice_what_changed(tmp_path, monkeypatch
         ("model, data, dense_layers = small, dict, 'fc'", "make it a list of names, ['fc']"),
         ("model, data, dense_layers = small, random_data, ['fc']", "matches no module"),
         ("model, data, optimizer = small, random_data, print", "needs rates"),
+        ("model, data, rates = small, random_data, 0.1", "rates is 0.1: make it a list of learning rates"),
         ("model, data = small, list", "data() returned a list: it returns {'train': part"),
         ("model = small\ndef data(): return {'train': 1, 'test': 2}", "data() returned a dict with 'train', 'test'"),
         ("model, data = small, change(lambda x, y: x)", "'train' of data() is a Tensor: give a pair of tensors"),
@@ -189,6 +190,14 @@ def test_data_sets_are_read_into_tensors():
     assert all(torch.equal(read.parts["test"][side], given.parts["test"][side]) for side in (0, 1))
 
 
+def test_moving_the_data_of_a_recipe_leaves_what_others_have():
+    name = add_recipe("recipe", small, random_data)
+    here, there = (training.load.__wrapped__(name, None, torch.device(kind)) for kind in ("cpu", "meta"))
+    assert {x.device.type for x, _ in there.parts.values()} == {"meta"}
+    assert {x.device.type for x, _ in here.parts.values()} == {"cpu"}
+    assert here.checksum == there.checksum
+
+
 def test_batches_of_tensors_are_whole_and_shared_out_between_ranks():
     data = Tensors(random_data(), 3)
     whole, *ranks = (data.batches(16, 0, *who) for who in ((), (0, 2), (1, 2)))
@@ -224,7 +233,7 @@ def test_a_call_returns_the_report_of_the_command(tmp_path):
 def test_calls_in_a_row_see_their_own_data_and_optimizer():
     used = []
     handle = register_optimizer_step_post_hook(lambda optimizer, *_: used.append(type(optimizer)))
-    call = partial(compare_tickets.compare, small, methods=["dense"], updates=20, seeds=1, rates=[0.1], cycles=1)
+    call = partial(compare_tickets.compare, small, methods=["dense"], updates=20, seeds=1, rates=0.1, cycles=1)
     try:
         subjects = [
             call(random_data).subject,
