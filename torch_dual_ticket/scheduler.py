@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_s
 from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
 from ._rst.schedule import check_integer, make_timeline
 from ._rst.sparse_start import SparseStart
-from ._tables import Table, TableInNotebooks
 from .masks.explicit import ExplicitMask
 from .masks.plan import make_plan
 from .masks.seeded import SeededMask
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from .masks.plan import Plan
 
 
-class RSTScheduler(ManagedMasks, TableInNotebooks):
+class RSTScheduler(ManagedMasks):
     """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside your own training loop.
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
@@ -334,14 +332,9 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         cycles = self._timeline.cycles
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
-        layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
-        if not self._ticket.holds:
-            layers = f"masks for {layers}, not applied yet"
+        layers = self._layers if self._ticket.holds else f"masks for {self._layers}, not applied yet"
         masks = "explicit masks" if self.seed is None else f"seed={self.seed}"
         return f"{type(self).__name__}({self.phase}{cycle}: {schedule}, {layers}, {masks})"
-
-    def _table(self, width: int) -> Table:
-        return replace(measure(self._ticket)._table(width), notes=(repr(self),))
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 

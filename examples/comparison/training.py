@@ -14,10 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from .data import DATA, Images, Text, accuracy
+from .data import DATA, Tensors, Text, accuracy
 from .flops import FlopCount
 from .methods import METHODS
 from .models import MODELS, OPTIMIZERS
+from .recipe import read_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) -> Images | Text:
+def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) -> Tensors | Text:
+    if name not in DATA:  # a recipe, in a process that has not read it yet
+        read_recipe(folder)
     data = DATA[name](folder)
     return (data.averaged(pixels) if pixels else data).to(device)
 
@@ -41,7 +44,7 @@ def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) 
 class Job:
     """What a method works on: a model, its budget, and the loop."""
 
-    def __init__(self, cell: Cell, data: Images | Text, device: torch.device, advance: Callable[[int], None]) -> None:
+    def __init__(self, cell: Cell, data: Tensors | Text, device: torch.device, advance: Callable[[int], None]) -> None:
         torch.manual_seed(cell.seed)
         self.cell, self.data, self.device, self.advance = cell, data, device, advance
         self.recipe = MODELS[cell.model]
@@ -155,6 +158,11 @@ def run_cell(
     """Train and measure; the test set is looked at once, after the last update, and not at all in tuning runs."""
     started = time.perf_counter()
     data = load(cell.data, folder, device, cell.pixels)
+    if cell.data == cell.model and cell.contents != data.checksum:
+        raise RuntimeError(
+            f"{cell.data} is not what it was when the comparison began: it was edited, or data() draws anew in every"
+            " process. Draw with a seed, and start again."
+        )
     job = Job(cell, data, device, advance)
     METHODS[cell.method](job)
     assert job.left == 0

@@ -214,7 +214,7 @@ def _lever(ticket: Ticket) -> str:
                 if state := optimizer.state.get(parameter):
                     moves += float(squares(ticket, managed, parameter, state["exp_avg"])[0])
                     size = squares(ticket, managed, parameter, state["exp_avg_sq"].sqrt())[0]
-                    sizes += float(size) / (1 - group["betas"][1] ** float(state["step"]))
+                    sizes += float(size) / (1 - group["betas"][1] ** max(1.0, float(state["step"])))
             if moves < sizes / 4:  # no two updates went the same way
                 levers.append("The loss's gradients were larger than the penalty: raise max_penalty")
             elif not levers:
