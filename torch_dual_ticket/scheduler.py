@@ -341,10 +341,8 @@ class RSTScheduler(ManagedMasks):
     def state_dict(self) -> dict[str, Any]:
         """Scheduler steps (under ``ticks``), phase, seed, a fingerprint of each mask, the report of ``finalize()``.
 
-        Never masks or weights. It may wait for the device. A process that ends at the step at which it was saved is
-        taken for a part of a longer training: nothing is said of a transformation that is not finished.
+        Never masks or weights. It may wait for the device.
         """
-        self._unfinished.saved_at = self._steps
         return {
             "version": validation.STATE_VERSION,
             "ticks": self._steps,

@@ -259,7 +259,7 @@ def test_at_the_end_of_the_process_nothing_refers_to_a_mesh_or_a_shard(finalized
         optimizer.step()
         rst.step()
     assert sharded_things_of_ours()  # in training: so it is seen where something is
-    optimizer_hooks._let_go()
+    optimizer_hooks._drop_tensors()
     assert sharded_things_of_ours() == set()
     assert rst.residual() < 1.0  # nothing is broken by that
     optimizer.step()

@@ -46,15 +46,15 @@ def register(ticket: Ticket) -> None:
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
-            atexit.register(_let_go)
+            atexit.register(_drop_tensors)
             _installed = True
 
 
-def _let_go() -> None:
+def _drop_tensors() -> None:
     """At the end of the process: process groups cannot go while something still has tensors that are sharded."""
     _lookups.clear()
     for ticket in tickets():
-        ticket.let_go()
+        ticket.drop_tensors()
 
 
 def tickets() -> list[Ticket]:

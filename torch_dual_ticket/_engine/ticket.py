@@ -98,7 +98,7 @@ class Ticket:
             self._managed = known = Batch([(managed, tensor) for managed, tensor in found if tensor is not None])
         return known
 
-    def let_go(self) -> None:
+    def drop_tensors(self) -> None:
         """Keep no tensor of the model; each is looked up again when it is needed."""
         self._managed = Batch([])
         for managed in self.parameters:

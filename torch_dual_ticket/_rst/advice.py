@@ -11,8 +11,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from .._engine.optimizer_hooks import held_by
 from .._tensors.async_scalar import AsyncScalar
-from .._tensors.dtensor import local
-from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, squares
+from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, sums
 
 if TYPE_CHECKING:
     from .._engine.batch import Batch
@@ -48,7 +47,10 @@ class Advice:
     @torch.no_grad()
     def _foresee(self, ticket: Ticket, optimizer: Any, held: Batch, made: int) -> None:
         """SGD shrinks a weight by exp(-Σ lr·λ / (1 - momentum)); Adam moves it by no more than lr in an update."""
-        penalties = [self._timeline.penalty(step) for step in range(self._timeline.per_cycle)]
+        try:
+            penalties = [self._timeline.penalty(step) for step in range(self._timeline.per_cycle)]
+        except Exception:  # of a custom schedule: step() raises it when it comes to that point
+            return
         group, updates = max(held.groups, key=highest_rate), made * (self._timeline.total - self._time)
         would_wait = any(parameter.device.type not in ("cpu", "cuda") for _, parameter in held)
         if max(penalties) <= 0 or not updates or would_wait:
@@ -69,16 +71,16 @@ class Advice:
                 self._message = f"the masked weights will diverge, unless lr falls in time: {bound}, and is {peak:g}"
         else:
             return
+        shrunk = math.exp(min(0.0, -exponent))
         for managed, parameter in held:
-            size = local(parameter).abs().float()
-            left = squares(ticket, managed, parameter, (size * math.exp(min(0.0, -exponent)) - reach).clamp(min=0))
-            most = squares(ticket, managed, parameter, 2 * size + reach)
+            left = sums(ticket, managed, parameter, parameter, lambda sizes: (sizes * shrunk - reach).clamp(min=0) ** 2)
+            most = sums(ticket, managed, parameter, parameter, lambda sizes: (2 * sizes + reach) ** 2)
             self._squares.append(AsyncScalar(torch.stack([left[0], most[1] - most[0]])))
 
     def speak(self) -> None:
         """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
-        if self._message and all(sums.has_arrived() for sums in self._squares):
-            left, kept = map(sum, zip(*(sums.values.tolist() for sums in self._squares), strict=True))
+        if self._message and all(found.has_arrived() for found in self._squares):
+            left, kept = map(sum, zip(*(found.values.tolist() for found in self._squares), strict=True))
             message, self._message, self._squares = self._message, "", []
             if left > MAX_RESIDUAL**2 * (left + kept):
                 warnings.warn(message.format(math.sqrt(left / (left + kept))), stacklevel=3)

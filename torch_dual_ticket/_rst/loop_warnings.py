@@ -102,7 +102,6 @@ class Unfinished:
     def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
         self._ticket, self._total = ticket, total
         self._overdue = 0  # scheduler steps since the schedule's end
-        self.saved_at = -1  # the scheduler step after which its state was saved: the training may go on elsewhere
         self.is_said = False
         weakref.finalize(scheduler, self._say)  # of a copy there is none
 
@@ -122,7 +121,7 @@ class Unfinished:
         is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and made
         # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
         # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
-        is_known = sys.exc_info()[1] or getattr(sys, "last_value", None) or self.saved_at == steps < self._total
+        is_known = sys.exc_info()[1] or getattr(sys, "last_value", None)
         if not is_begun or is_known or self.is_said:
             return
         self.is_said = True
@@ -133,7 +132,8 @@ class Unfinished:
         )
         warnings.warn(
             f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
-            f" zero. To get a sparse model, {advice}. (If it was broken off on purpose, rst.remove() says so.)",
+            f" zero. To get a sparse model, {advice}. (Where it goes on from a saved state, or was broken off on"
+            " purpose, rst.remove() says so.)",
             stacklevel=4 if sys._getframe(2).f_code.co_name == "_exitfunc" else 3,  # of weakref, at the process's end
         )
 

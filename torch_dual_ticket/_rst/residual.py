@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from .._engine.optimizer_hooks import held_by
@@ -16,9 +17,7 @@ from .._tensors.dtensor import local, placement, sum_over_shards
 from .._tensors.kernels import squared_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable, Mapping, Sequence
 
     from .._engine.parameter import ManagedParameter
     from .._engine.ticket import Ticket
@@ -212,8 +211,8 @@ def _lever(ticket: Ticket) -> str:
             moves = sizes = 0.0
             for (managed, parameter), group in zip(held, held.groups, strict=True):
                 if state := optimizer.state.get(parameter):
-                    moves += float(squares(ticket, managed, parameter, state["exp_avg"])[0])
-                    size = squares(ticket, managed, parameter, state["exp_avg_sq"].sqrt())[0]
+                    moves += float(sums(ticket, managed, parameter, state["exp_avg"])[0])
+                    size = sums(ticket, managed, parameter, state["exp_avg_sq"], lambda squares: squares)[0]
                     sizes += float(size) / (1 - group["betas"][1] ** max(1.0, float(state["step"])))
             if moves < sizes / 4:  # no two updates went the same way
                 levers.append("The loss's gradients were larger than the penalty: raise max_penalty")
@@ -235,11 +234,20 @@ def highest_rate(group: Mapping[str, Any]) -> float:
     return max((float(rate) for rate in rates if isinstance(rate, (int, float)) and math.isfinite(rate)), default=0.0)
 
 
-def squares(ticket: Ticket, managed: ManagedParameter, parameter: Tensor, values: Tensor) -> Tensor:
-    """The sums of squares of values, one for each weight of this process's shard: of the masked ones, and of all."""
+def sums(
+    ticket: Ticket,
+    managed: ManagedParameter,
+    parameter: Tensor,
+    values: Tensor,
+    change: Callable[[Tensor], Tensor] = Tensor.square_,
+) -> Tensor:
+    """Sums over values, one for each weight of this process's shard, by default of squares: the masked ones, and all.
+
+    ``change`` is given their magnitudes, a part at a time.
+    """
     weight, mask = local(parameter), ticket.mask(managed)
     pieces: Any = managed.cache.pieces(mask, parameter, weight, local(values), holds=False)
-    return squared_norms(pieces, 1, weight.device)
+    return squared_norms(pieces, 1, weight.device, change)
 
 
 def warn_of_outstanding(cycle: int, cycles: int) -> None:
