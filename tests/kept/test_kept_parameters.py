@@ -65,12 +65,12 @@ class Training:
             self.optimizer.step()
 
 
-def both(optimizer, live, **settings):
+def both(optimizer, live, tolerance=1e-12, **settings):
     """The same life with all weights and with the kept ones ends with the same model."""
     dense, kept = Training(optimizer, kept=False, **settings), Training(optimizer, kept=True, **settings)
     live(dense)
     live(kept)
-    assert_same(kept.model, dense.model)
+    assert_same(kept.model, dense.model, tolerance)
     for name, mask in kept.held.masks.items():
         assert not kept.model.get_parameter(name)[~mask].any(), name
     assert any(parameter.dim() == 1 and parameter.numel() > 20 for parameter in kept.parameters())
@@ -80,7 +80,8 @@ def both(optimizer, live, **settings):
 @pytest.mark.parametrize("build", [mlp, wide, cnn, transformer])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name, build):
-    both(OPTIMIZERS[name], lambda training: training.updates(*range(6)), build=build)
+    # A bias before BatchNorm has rounding errors for gradients, and Adam makes them larger.
+    both(OPTIMIZERS[name], lambda training: training.updates(*range(6)), 1e-9 if build is cnn else 1e-12, build=build)
 
 
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW fused"])
@@ -591,8 +592,9 @@ def test_optimizers_that_look_at_shapes():
     with pytest.raises(RuntimeError, match=r"Adafactor looks at the shape of a weight.*such as AdamW"):
         training.optimizer.step()
     assert not training.optimizer.state
-    with pytest.raises(ValueError, match="Muon only supports 2D parameters"):  # torch says so itself
-        torch.optim.Muon(training.parameters())
+    if hasattr(torch.optim, "Muon"):  # of torch 2.9 and newer
+        with pytest.raises(ValueError, match="Muon only supports 2D parameters"):  # torch says so itself
+            torch.optim.Muon(training.parameters())
 
 
 def test_masks_that_change():

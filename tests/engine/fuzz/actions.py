@@ -526,6 +526,8 @@ CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
     "channels_last": lambda model: model.to(memory_format=torch.channels_last),
     "contiguous": lambda model: model.to(memory_format=torch.contiguous_format),
 }
+# Compiled code refers to parameters weakly, and torch 2.6 swaps no tensor to which anything does so.
+SWAPS_COMPILED = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 FUTURES = {
     "swap": (
         torch.__future__.get_swap_module_params_on_conversion,
@@ -552,6 +554,8 @@ def convert(world: World, *, how: str, future: str | None) -> None:
     if future == "overwrite" and not world.setup.kind.can_assign:
         future = None
     if future == "swap" and not world.setup.kind.sees_all:  # clipping would see the first gradient as it is
+        future = None
+    if future == "swap" and world.setup.compiles and not SWAPS_COMPILED:
         future = None
     world.synchronize()
     zero_gradients(world, "none")
