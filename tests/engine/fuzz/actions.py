@@ -706,8 +706,8 @@ def average(world: World, *, begins: bool) -> None:
         return
     for side in world.sides:
         if side.average is None or begins:
-            side.average = torch.optim.swa_utils.AveragedModel(side.model)
-        side.average.update_parameters(side.model)
+            side.begin_average()
+        side.update_average()
 
 
 @action(1)
