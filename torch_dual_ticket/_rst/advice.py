@@ -95,7 +95,7 @@ def _shrinkage(group: Mapping[str, Any], step: float) -> float:
     It is that of the larger root of the update's characteristic polynomial; about step / (1 - momentum), which is at
     least as much where the roots are complex, and weights swing through zero.
     """
-    momentum = group["momentum"]
+    momentum: float = group["momentum"]
     first, second = 1 - group["dampening"] if momentum else 1.0, 0.0
     if group["nesterov"]:
         first, second = 1 + momentum, momentum
