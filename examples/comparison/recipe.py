@@ -85,7 +85,8 @@ def add_recipe(
     parts = parts_of(name, data())
     classes = classes_of(name, built, parts)
 
-    code += str(built).encode() + "".join(sorted({source_of(type(module)) for module in built.modules()})).encode()
+    made_by = [model, optimizer, *map(type, built.modules())]
+    code += str(built).encode() + "".join(sorted(set(map(source_of, made_by)))).encode()
     tensors = Tensors(parts, classes, code)
     DATA[name] = lambda _: copy.copy(tensors)  # as it is moved to a device
     chosen = "sgd"
@@ -134,11 +135,12 @@ def classes_of(name: str, model: nn.Module, parts: dict[str, Part]) -> int:
     return logits.shape[-1]
 
 
-def source_of(kind: type) -> str:
-    """The code of a layer, which may lie in another file; nothing for torch's own."""
-    if kind.__module__.startswith("torch."):
+def source_of(what: Any) -> str:
+    """The file that a function or a layer comes from, which need not be the recipe; nothing for torch's own."""
+    name = getattr(what, "__module__", None) or ""
+    if name.startswith("torch."):
         return ""
     try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # made at run time
+        return inspect.getsource(sys.modules[name])
+    except (OSError, TypeError, KeyError):  # made at run time
         return ""

@@ -298,6 +298,24 @@ def test_nothing_is_said_where_the_first_update_is_late(accumulated):
     assert rst.progress == 3 / 10_000
 
 
+def test_nothing_is_said_of_weights_that_an_evaluation_exchanges_and_puts_back():
+    """Averaged ones, say, in the midst of accumulation: versions grow, and no update has applied the penalty since."""
+    model = make(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5)
+    for index in range(1, 25):
+        loss_of(model, index, SHAPE).backward()
+        if index % 6 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        rst.step()
+        if index % 6 in (2, 4):
+            own = copy.deepcopy(model.state_dict())
+            model.load_state_dict({name: 0.5 * value for name, value in own.items()})
+            model.load_state_dict(own)
+    assert rst.progress == 4 / 10_000
+
+
 def test_a_loop_that_is_fine_reads_no_weights(monkeypatch):
     """Not even one, as the host would wait for the device."""
     monkeypatch.setattr(torch, "equal", None)

@@ -85,9 +85,9 @@ def test_the_recipe_in_the_help_text_can_be_used():
 
 
 def test_what_was_edited_is_run_anew(tmp_path, monkeypatch):
-    """The recipe, its data, and a layer in a file beside it."""
-    layer = "from torch import nn\n\n\nclass Layer(nn.Linear):\n    {}\n"
-    write(tmp_path, layer.format("pass"), "layers_of_recipe.py")
+    """The recipe, its data, and the file beside it that a layer comes from."""
+    layer = "from torch import nn\n\nSCALE = {}\n\n\nclass Layer(nn.Linear):\n    scale = SCALE\n"
+    write(tmp_path, layer.format(1), "layers_of_recipe.py")
     recipe = RECIPE.replace("import torch\n", "import torch\nfrom layers_of_recipe import Layer\n").replace(
         "nn.Linear(100, 100)", "Layer(100, 100)"
     )
@@ -96,7 +96,7 @@ def test_what_was_edited_is_run_anew(tmp_path, monkeypatch):
     made = [len(run(path, *arguments))]
     write(tmp_path, recipe.replace("momentum=0.9", "momentum=0.8"))
     made.append(len(run(path, *arguments)))
-    write(tmp_path, layer.format("bias_scale = 2"), "layers_of_recipe.py")
+    write(tmp_path, layer.format(2), "layers_of_recipe.py")
     monkeypatch.delitem(compare_tickets.sys.modules, "layers_of_recipe")
     made.append(len(run(path, *arguments)))
     assert made == [2, 4, 6]

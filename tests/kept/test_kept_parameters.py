@@ -504,6 +504,42 @@ def test_it_ends_with_the_masks(end):
         training.optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:the masked weights still held", "ignore:a transformation ended")
+def test_it_ends_where_a_state_of_the_transformation_is_loaded():
+    """Masked weights are trained again, and need their gradients."""
+    model = make(mlp)
+    rst = RSTScheduler(model, 0.6, steps=4, seed=1)
+    optimizer = MOMENTUM(model.parameters())
+    loss_of(model, 0, INPUT_SHAPES[mlp]).backward()
+    optimizer.step()
+    rst.step()
+    states = copy.deepcopy((model.state_dict(), rst.state_dict()))
+    rst.finalize()
+    kept = KeptParameters(rst)
+    of_kept = MOMENTUM(kept.parameters())
+    model.load_state_dict(states[0])
+    rst.load_state_dict(states[1])
+    model.zero_grad()
+    loss_of(model, 1, INPUT_SHAPES[mlp]).backward()
+    assert all(
+        parameter.grad[~rst.masks[name]].any() for name, parameter in model.named_parameters() if name in rst.masks
+    )
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no model any more"):
+        of_kept.step()
+
+
+def test_one_that_was_removed_leaves_another_its_gradients():
+    training = Training(MOMENTUM, kept=True)
+    earlier = training.kept
+    earlier.remove()
+    training.kept = KeptParameters(training.held)
+    training.backward(0)
+    earlier.remove()
+    assert all(parameter.grad is not None for parameter in training.kept.parameters())
+    assert type(training.model[0].weight.grad) is KeptGradient
+
+
 # -- what is refused
 
 

@@ -103,6 +103,29 @@ def test_the_limit_is_where_sgd_diverges(options, max_penalty, limit):
     assert [said in message for message in messages] == [True] * (limit is not None)
 
 
+@pytest.mark.parametrize(
+    ("steps", "hold", "max_penalty", "options"),
+    [(4, 0, 1.0, {"lr": 1.0}), (1, 149, 1.0, {"lr": 0.0025, "momentum": 0.9})],
+    ids=["large steps", "critical damping"],
+)
+def test_the_factor_of_sgd_is_exact(steps, hold, max_penalty, options):
+    """1 - lr·λ is less than exp(-lr·λ), and momentum adds to that."""
+    layer, rst = ticket(steps=steps, hold=hold, max_penalty=max_penalty)
+    assert advised(rst, layer, SGD(layer.parameters(), **options), updates=steps + hold) == []
+    assert rst.finalize().total.residual < 0.01
+
+
+def test_a_rate_that_falls_already_may_fall_in_time():
+    layer, rst = ticket(max_penalty=30.0)
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    rates, messages = RATES.CosineAnnealingLR(optimizer, 100), []
+    for _ in range(100):
+        messages += advised(rst, layer, optimizer, updates=1)
+        rates.step()
+    assert messages == []
+    assert rst.finalize().total.residual < 0.01
+
+
 # ---------------------------------------------------------------------- Adam
 
 

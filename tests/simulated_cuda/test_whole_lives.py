@@ -270,3 +270,18 @@ def test_a_copy_keeps_its_zeros():
     assert not torch.equal(other[6].weight.cpu(), before["6.weight"])
     for name, mask in rst.masks.items():
         assert not other.get_parameter(name)[~mask].count_nonzero()
+
+
+@on_simulated_cuda
+def test_a_model_that_is_moved_to_the_cpu_before_finalize():
+    """The optimizer's state, which finalize() looks at for its advice, stays where it was."""
+    model = new_network("cuda")
+    rst = RSTScheduler(model, 0.5, steps=3, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    for index in range(3):
+        update(model, optimizer, lambda index=index: loss_of(model, index), None)
+        rst.step()
+    model.cpu()
+    with pytest.warns(UserWarning, match=r"still held .* The loss's gradients were larger than the penalty|Adam moves"):
+        rst.finalize()
+    assert_holds_zeros(model, rst)

@@ -62,4 +62,4 @@ class Enforcement:
         clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
 
     def stop(self) -> None:
-        """The ticket is being released."""
+        """The masks are about to be in force no more."""

@@ -116,6 +116,8 @@ class Ticket:
         if masks is not self.stage.masks:
             self.transformation.captured.masks_change()
         self.transformation.captured.fill(penalty)
+        if self.holds:
+            self.enforcement.stop()
         was_held, self.stage = self.holds, Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
         if was_held:
             for managed in self.parameters:

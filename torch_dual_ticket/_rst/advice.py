@@ -14,6 +14,8 @@ from .._tensors.async_scalar import AsyncScalar
 from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, sums
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .._engine.batch import Batch
     from .._engine.ticket import Ticket
     from .schedule import Timeline
@@ -46,7 +48,7 @@ class Advice:
 
     @torch.no_grad()
     def _foresee(self, ticket: Ticket, optimizer: Any, held: Batch, made: int) -> None:
-        """SGD shrinks a weight by exp(-Σ lr·λ / (1 - momentum)); Adam moves it by no more than lr in an update."""
+        """SGD shrinks a weight in each update by a factor that is known; Adam moves it by no more than lr."""
         try:
             penalties = [self._timeline.penalty(step) for step in range(self._timeline.per_cycle)]
         except Exception:  # of a custom schedule: step() raises it when it comes to that point
@@ -63,10 +65,11 @@ class Advice:
             reach, self._message = lr * updates, f"{start} {ADAM_AT_FULL_SPEED}"
         elif type(optimizer) is SGD and group["momentum"] < 1:
             bound = f"lr times max_penalty must stay below {sgd_limit(group):g} with this SGD"
-            exponent += lr * made * (sum(penalties) * self._timeline.cycles - sum(penalties[: self._time]))
-            exponent *= (1 - group["dampening"] if group["momentum"] else 1.0) / (1 - group["momentum"])
+            shrinkage = [_shrinkage(group, lr * (penalty + group["weight_decay"])) for penalty in penalties]
+            exponent = made * (sum(shrinkage) * self._timeline.cycles - sum(shrinkage[: self._time]))
             self._message = f"{start} Raise steps, hold, max_penalty or lr; {bound}"
-            if peak >= sgd_limit(group):
+            is_falling = [group["lr"] for group in held.groups] != self._rates
+            if peak >= sgd_limit(group) and not is_falling:
                 exponent = 0.0
                 self._message = f"the masked weights will diverge, unless lr falls in time: {bound}, and is {peak:g}"
         else:
@@ -84,3 +87,18 @@ class Advice:
             message, self._message, self._squares = self._message, "", []
             if left > MAX_RESIDUAL**2 * (left + kept):
                 warnings.warn(message.format(math.sqrt(left / (left + kept))), stacklevel=3)
+
+
+def _shrinkage(group: Mapping[str, Any], step: float) -> float:
+    """The logarithm by which SGD shrinks a weight in an update, at most, where lr·λ is no more than ``step``.
+
+    It is that of the larger root of the update's characteristic polynomial; about step / (1 - momentum), which is at
+    least as much where the roots are complex, and weights swing through zero.
+    """
+    momentum: float = group["momentum"]
+    first, second = 1 - group["dampening"] if momentum else 1.0, 0.0
+    if group["nesterov"]:
+        first, second = 1 + momentum, momentum
+    half, product = (1 + momentum - step * first) / 2, momentum - step * second
+    root = half + math.sqrt(max(0.0, half * half - product))
+    return max(-math.log(max(root, 1e-300)), step * (1 if group["nesterov"] else first) / (1 - momentum))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
 _OVERDUE = 100  # scheduler steps at least, and as many as the schedule has
-_LOOKS = (5, 20, 100)  # steps before the first penalty at which a few weights are read
+_LOOKS = (1, 5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
 class MissingPenalty:
@@ -31,7 +31,7 @@ class MissingPenalty:
 
     def __init__(self) -> None:
         self._idle_steps = 0  # before the first penalty
-        self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
+        self._sample: dict[str, Tensor] = {}  # a few weights of parameters without a penalty since then
         self._elsewhere = 0  # steps of other optimizers until then
         self._versions: dict[str, int] = {}  # of parameters without a penalty before the last scheduler step
         self._dummy_steps = 0  # until then
@@ -41,23 +41,26 @@ class MissingPenalty:
         """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
-        is_overdue = False
+        is_overdue = reads = False
         transformation = ticket.transformation
         before = self._versions if self._dummy_steps == transformation.dummy_steps else {}
         self._dummy_steps = transformation.dummy_steps
         found = ((one.name, one.tensor()) for one in unpenalized)
         self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
-        changed = [name for name, now in self._versions.items() if before.get(name, now) != now]
-        if transformation.updates.ever:
-            self._sample = {}
-        else:
+        if not transformation.updates.ever:
             self._idle_steps += 1
             if self._idle_steps == 1:
-                self._sample, self._elsewhere = dict(_sample(ticket)), steps_elsewhere()
-            elif self._idle_steps in _LOOKS:  # what is written through .data counts no versions
-                changed = changed or _changed(self._sample, ticket)
+                self._elsewhere = steps_elsewhere()
+            reads = self._idle_steps in _LOOKS  # what is written through .data counts no versions
             follows_others = steps_elsewhere() - self._elsewhere >= self._idle_steps - 1  # each step one of theirs
             is_overdue = self._idle_steps >= (_LOOKS[-1] if follows_others else _IDLE_STEPS)
+        changed: list[str] = []
+        sample = {name: values for name, values in self._sample.items() if name in self._versions}
+        if reads or any(before.get(name, now) != now for name, now in self._versions.items()):
+            # An evaluation with averaged weights counts versions, too, and then puts back the values.
+            now = {name: values for name, values in _sample(ticket) if name in self._versions}
+            changed, sample = _changed(sample, now), now | sample
+        self._sample = sample
         if not (changed or is_overdue):
             return
         self._is_said, self._sample = True, {}
@@ -85,11 +88,11 @@ def _sample(ticket: Ticket) -> Iterator[tuple[str, Tensor]]:
             yield managed.name, weight[tuple(slice(None, None, max(1, size // 2)) for size in weight.shape)].clone()
 
 
-def _changed(before: Mapping[str, Tensor], ticket: Ticket) -> list[str]:
+def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
     """The names of parameters of which sampled weights are not what they were. It waits for the device."""
     return [
         name
-        for name, now in _sample(ticket)
+        for name, now in after.items()
         if (then := before.get(name)) is not None
         and (then.shape, then.device) == (now.shape, now.device)  # not sharded or moved since
         and not torch.equal(then, now)

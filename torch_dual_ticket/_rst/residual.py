@@ -246,7 +246,8 @@ def sums(
     ``change`` is given their magnitudes, a part at a time.
     """
     weight, mask = local(parameter), ticket.mask(managed)
-    pieces: Any = managed.cache.pieces(mask, parameter, weight, local(values), holds=False)
+    values = local(values).to(weight.device)  # the optimizer's state stays behind where a model is moved to be saved
+    pieces: Any = managed.cache.pieces(mask, parameter, weight, values, holds=False)
     return squared_norms(pieces, 1, weight.device, change)
 
 

@@ -58,11 +58,12 @@ class KeptValues(Ticket):
 
     def stop(self) -> None:
         ticket = self._of()
+        if ticket is None or values_of(ticket) is not self:  # stopped already; others may have the gradients now
+            return
         for weight, parameter in self.sources():
             weight.disconnect()
             weight.give_back(parameter)
-        if ticket is not None and values_of(ticket) is self:
-            ticket.enforcement = Enforcement()
+        ticket.enforcement = Enforcement()
 
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         ticket = self._of()
