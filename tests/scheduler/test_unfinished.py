@@ -181,6 +181,6 @@ def test_without_updates_the_paper_decides():
 
 def test_the_sparsity_of_masks_that_are_not_applied_yet_is_not_that_of_the_model():
     _model, rst = begun()
-    assert "masks for 1 layers at 50.00% sparsity, not applied yet" in repr(rst)
+    assert "masks for 1 layer at 50.00% sparsity, not applied yet" in repr(rst)
     _model, rst = finalized()
-    assert "steps, λ=0, 1 layers at 50.00% sparsity, seed=0" in repr(rst)
+    assert "steps, λ=0, 1 layer at 50.00% sparsity, seed=0" in repr(rst)

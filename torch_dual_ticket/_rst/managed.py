@@ -98,7 +98,8 @@ class ManagedMasks(TableInNotebooks):
 
     @property
     def _layers(self) -> str:
-        return f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
+        count = len(self._masks())
+        return f"{count} layer{'' if count == 1 else 's'} at {self.sparsity:.2%} sparsity"
 
     @property
     def _steps(self) -> int:
