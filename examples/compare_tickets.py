@@ -42,7 +42,7 @@ import torch.distributed as dist
 from comparison.cells import Cell
 from comparison.data import contents
 from comparison.engines import choose
-from comparison.methods import GMP_INTERVALS, SEARCHES, with_its_own
+from comparison.methods import GMP_INTERVALS, PENALIZED, SEARCHES, with_its_own
 from comparison.models import MODELS
 from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
@@ -138,7 +138,8 @@ class Comparison:
         groups: dict[Cell, list[Cell]] = {}
         for row in rows:
             same = replace(row, max_penalty=0.0) if self.options.choose_penalty else row
-            groups.setdefault(same, []).extend(replace(row, rate=rate) for rate in self.options.rates)
+            rates = self.options.rates if row.method in PENALIZED else self.options.rates_without_penalty
+            groups.setdefault(same, []).extend(replace(row, rate=rate) for rate in rates)
         return list(groups.values())
 
     def choose(self, rows: list[Cell]) -> dict[Cell, Cell]:
@@ -178,8 +179,11 @@ class Comparison:
 def description(options: argparse.Namespace, command: list[str]) -> str:
     data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
     sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
-    trials = f"{len(options.rates)} learning rates ({', '.join(f'{rate:g}' for rate in options.rates)})"
-    if len(options.rates) > 1:
+    rates, others = options.rates, options.rates_without_penalty
+    trials = f"{len(rates)} learning rates ({', '.join(f'{rate:g}' for rate in rates)})"
+    if others != rates:
+        trials += f", without a penalty {len(others)} ({', '.join(f'{rate:g}' for rate in others)})"
+    if len(rates) > 1 or len(others) > 1:
         trials += f", tried with {options.tuning_seeds} separate seed(s) on the validation part"
     pixels = f", averaged to {options.pixels} × {options.pixels} pixels" if options.pixels else ""
     again = (

@@ -63,6 +63,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     budget("--optimizer", choices=OPTIMIZERS, help="default: sgd, and adamw for char-transformer")
     text = "learning rates that each method may choose from; default: three, by optimizer"
     budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
+    text = "those of methods without a penalty: with --choose-penalty, as many as others have of both; default: --rates"
+    budget("--rates-without-penalty", nargs="+", type=above_zero, metavar="R", help=text)
     text = (
         "each: the learning rate rises and falls in each stretch of training, with a new optimizer; once: over the"
         " search and the training of the ticket together, except for LTH, which starts again; default: each"
@@ -153,6 +155,7 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     recipe = MODELS[options.model]
     optimizer = OPTIMIZERS[options.optimizer or recipe.optimizer]
     options.rates = sorted(set(options.rates or optimizer.rates))
+    options.rates_without_penalty = sorted(set(options.rates_without_penalty or options.rates))
     if options.weight_decay == optimizer.weight_decay:
         options.weight_decay = None  # or equal runs would count as different ones
     options.sparsity = sparsities_of(parser, options)

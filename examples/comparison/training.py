@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 WARM_UP = 0.05  # part of each stretch in which its learning rate rises, before it falls along a cosine
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# What decides, with its length and its rate, how a stretch of plain training from initialization ends.
+DECISIVE = ("data", "contents", "pixels", "model", "seed", "batch", "optimizer", "decay", "weight_decay")
+DECISIVE += ("autocast", "compile", "ranks")
+REMEMBERED = 8  # ends of such stretches, in each process
+_ends: dict[tuple[Any, ...], dict[str, Any]] = {}  # the one that was used last is the last
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,8 +98,12 @@ class Job:
         self.masked = accuracy(self.model, self.data, "validation")
 
     def train(self, updates: int, rate: float, after_update: Callable[[], None] | None = None) -> None:
-        """A stretch of training, with its own optimizer and learning-rate schedule unless all share one."""
+        """A stretch of training, with its own optimizer and learning-rate schedule unless all share one.
+
+        Many runs begin with the same plain training: where it was made before, its end is taken from memory.
+        """
         masks = dict(self.masks)
+        is_plain = self.ticket is None and after_update is None and not any(self.done.values())
         first, last = 0, updates
         if self.cell.anneal == "once":
             first, last, rate = sum(self.done.values()), self.cell.updates, self.cell.rate
@@ -105,6 +115,9 @@ class Job:
             decay = chosen.weight_decay if decay is None else decay
             self._optimizer = chosen.build(self.model.parameters(), lr=rate, weight_decay=decay)
         optimizer = self._optimizer
+        key = (*(getattr(self.cell, name) for name in DECISIVE), self.device, updates, last, rate)
+        if is_plain and self._goes_on_from(key, updates):
+            return
         half = DTYPES.get(self.cell.autocast)
         scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
         for update in range(updates):
@@ -122,6 +135,27 @@ class Job:
             if update % 50 == 49:
                 self.advance(50)
         self.advance(updates % 50)
+        if is_plain:
+            self._remember(key)
+
+    def _remember(self, key: tuple[Any, ...]) -> None:
+        end = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        _ends[key] = copy.deepcopy(end) | {"random": torch.get_rng_state()}
+        while len(_ends) > REMEMBERED:
+            del _ends[next(iter(_ends))]
+
+    def _goes_on_from(self, key: tuple[Any, ...], updates: int) -> bool:
+        """Put everything where it was at the end of that stretch, if one is remembered."""
+        if key not in _ends:
+            return False
+        end = _ends[key] = _ends.pop(key)
+        self.model.load_state_dict(end["model"])
+        self._optimizer.load_state_dict(copy.deepcopy(end["optimizer"]))  # which else would share its tensors
+        torch.set_rng_state(end["random"])
+        for _ in range(updates):
+            next(self._batches)
+        self.advance(updates)
+        return True
 
 
 @torch.no_grad()

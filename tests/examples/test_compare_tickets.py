@@ -53,6 +53,12 @@ CELL = Cell(
 PENALTY = {"schedule": "linear", "max_penalty": 1.0, "hold": 0.2}
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered(monkeypatch):
+    """Updates are counted here: none is to be left out because an earlier run has made it."""
+    monkeypatch.setattr(training, "REMEMBERED", 0)
+
+
 def cell(method, **changes):
     fields = {"method": method, **(PENALTY if method in PENALIZED else {}), **changes}
     return Cell(**{**CELL.__dict__, **fields})
@@ -362,6 +368,43 @@ def test_runs_of_one_seed_share_initial_weights_batches_and_random_mask(monkeypa
 def test_a_run_is_reproducible():
     first, second = (training.run_cell(cell("RST-iter"), None, CPU) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+@pytest.mark.parametrize("anneal", ["each", "once"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_remembered_beginning_changes_no_result(anneal, optimizer, monkeypatch):
+    steps, ends = [], []
+
+    def note(model, data, part):
+        if part == "test":
+            ends.append(copy.deepcopy(model.state_dict()))
+        return accuracy(model, data, part)
+
+    monkeypatch.setattr(training, "accuracy", note)
+    usual = {"anneal": anneal, "optimizer": optimizer, "rate": 0.01, "dense_rate": 0.02}
+    convnet = {**usual, "model": "convnet", "pixels": 4, "magnitude": "uniform", "delay": 0.5}  # BatchNorm has buffers
+    runs = [cell(method, **convnet, seed=seed) for seed in (0, 1) for method in ("RST", "GMP", "L1-RST", "GMP-RST")]
+    runs += [cell(method, **usual) for method in ("L1", "dense", "random-after-dense", "RST", "LTH")]
+    runs += [cell("dense", **usual | {"rate": 0.03}), cell("L1", **usual | {"updates": 42})]  # which begin otherwise
+
+    def run_all():
+        steps.clear()
+        results = [{**training.run_cell(run, None, CPU), "seconds": 0} for run in runs]
+        return results, len(steps)
+
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        results, count = run_all()
+        monkeypatch.setattr(training, "REMEMBERED", 3)
+        again, fewer = run_all()
+    finally:
+        handle.remove()
+        training._ends.clear()
+    assert again == results
+    assert len(ends) == 2 * len(runs)
+    for end, same in zip(ends, ends[len(runs) :], strict=False):
+        assert all(map(torch.equal, end.values(), same.values()))
+    assert count - fewer == 2 * 3 * 10 + 20  # three of four go on from the first's delay, one ticket from L1's training
 
 
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
