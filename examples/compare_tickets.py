@@ -191,7 +191,8 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     )
     delayed = f", after the first {options.delay:.0%} of the search" if options.delay else ""
     decayed = "" if options.weight_decay is None else f", weight decay {options.weight_decay:g}"
-    pattern = "" if options.pattern == "unstructured" else f", {options.pattern} along the input dimension"
+    patterns = {"unstructured": "", "filter": ", whole filters"}
+    pattern = patterns.get(options.pattern, f", {options.pattern} along the input dimension")
     anew = f" on {options.recalibrate} training batches" if options.recalibrate else ", not measured anew"
     ceilings = (", or " if options.choose_penalty else " and ").join(f"{p:g}" for p in options.max_penalties)
     if options.choose_penalty:

@@ -98,7 +98,13 @@ def gradual(job: Job) -> None:
         if now in ends:
             hold_largest(job, job.cell.sparsity * (1 - (1 - now / length) ** 3), within=job.masks)
 
-    job.train(length, job.cell.dense_rate, after_update=prune)
+    if job.cell.pattern == "unstructured":
+        job.train(length, job.cell.dense_rate, after_update=prune)
+    else:  # the library's own, which grows over 0.6 of its steps; it rounds otherwise than the earlier tables
+        pruning = gradually(job, steps=int(length / 0.6), intervals=GMP_INTERVALS, max_penalty=0)
+        job.train(length, job.cell.dense_rate, after_update=pruning.step)
+        pruning.finalize()
+        job.ticket = pruning
     job.look_at_masked()
     job.train(job.left, job.cell.rate)
 
@@ -147,9 +153,12 @@ def magnitude_rst(job: Job) -> None:
 def gradual_rst(job: Job) -> None:
     """A mask that takes more and more of the smallest weights, transformed while it grows."""
     job.train_delay()
-    sparsity, exclude = job.cell.sparsity, job.recipe.dense_layers
-    others = {"distribution": job.cell.magnitude, "pattern": job.cell.pattern, "exclude": exclude}
-    transform(job, lambda **schedule: GradualPruning(job.model, sparsity, **schedule, **others))
+    transform(job, lambda **schedule: gradually(job, **schedule))
+
+
+def gradually(job: Job, **schedule: Any) -> GradualPruning:
+    others = {"distribution": job.cell.magnitude, "pattern": job.cell.pattern, "exclude": job.recipe.dense_layers}
+    return GradualPruning(job.model, job.cell.sparsity, **schedule, **others)
 
 
 def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> None:
@@ -208,7 +217,7 @@ SEARCHES = BY_MAGNITUDE | PENALIZED | {"random-after-dense"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
 DELAYED = {*PENALIZED, "GMP"}
-WITH_PATTERN = {"dense", "scratch", "L1", "random-after-dense", "RST", "L1-RST", "GMP-RST"}
+WITH_PATTERN = {"dense", "scratch", "L1", "GMP", "random-after-dense", "RST", "L1-RST", "GMP-RST"}
 
 
 def with_its_own(cell: Cell) -> Cell:

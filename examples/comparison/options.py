@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
-PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75}  # and the sparsity that each means
+PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75, "filter": None}  # and what sparsity each means
 MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
 
 
@@ -139,13 +139,14 @@ def sparsities_of(
     parser: argparse.ArgumentParser, options: argparse.Namespace, default: Sequence[float] = (0.9, 0.95, 0.98)
 ) -> list[float]:
     """Those that were given, or follow from the pattern, where the methods have it."""
+    without = [method for method in options.methods if method not in WITH_PATTERN]
+    if options.pattern != "unstructured" and without:
+        parser.error(f"--pattern {options.pattern} is not for {', '.join(without)}: name others with --methods")
     implied = PATTERNS[options.pattern]
     if implied is None:
         return options.sparsity or list(default)
     if any(sparsity != implied for sparsity in options.sparsity or ()):
         parser.error(f"--pattern {options.pattern} means a sparsity of {implied:g}: leave out --sparsity")
-    if without := [method for method in options.methods if method not in WITH_PATTERN]:
-        parser.error(f"--pattern {options.pattern} is not for {', '.join(without)}: name others with --methods")
     return [implied]
 
 

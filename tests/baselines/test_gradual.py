@@ -239,7 +239,7 @@ def test_it_is_taken_like_a_scheduler(tmp_path):
         ({"sparsity": 0.0}, ValueError, "nothing to prune"),
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1"),
         ({"intervals": 0}, ValueError, "intervals must be an integer of at least 1"),
-        ({"pattern": "filter"}, ValueError, "weight by weight"),
+        ({"pattern": "block:5x5"}, ValueError, "not a multiple of 5"),
         ({"distribution": "local"}, ValueError, "unknown distribution"),
         ({"pattern": "2:4", "sparsity": 0.7}, ValueError, r"means a sparsity of 0\.5"),
         ({"max_penalty": -1.0}, ValueError, "max_penalty"),

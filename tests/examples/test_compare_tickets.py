@@ -30,7 +30,7 @@ from comparison.options import make_parser, parse
 from comparison.records import Records
 from comparison.report import Report
 from comparison.training import share_of_rate
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ def test_gradual_pruning_takes_more_and_more_of_the_smallest_and_holds_them(monk
         return hold(model, masks)
 
     monkeypatch.setattr(methods, "hold", note_weights)
-    handle = register_optimizer_step_post_hook(note)
+    handle = register_optimizer_step_pre_hook(note)
     try:
         training.run_cell(cell("GMP", updates=200, search=0.7, delay=3 / 7, magnitude="uniform"), None, CPU)
     finally:
@@ -240,15 +240,41 @@ def test_what_is_chosen_by_magnitude_is_chosen_after_the_plain_training(monkeypa
     assert at_once["residual"] > 0 < gradual["residual"]
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "filter"])
 @pytest.mark.parametrize("method", sorted(WITH_PATTERN - {"dense"}))
-def test_masks_of_a_pattern_leave_two_of_four(method, monkeypatch):
+def test_masks_of_a_pattern_leave_half(method, pattern, monkeypatch):
     models = []
     monkeypatch.setattr(training, "accuracy", lambda model, *_: models.append(model) or 50.0)
-    run = cell(method, pattern="2:4", sparsity=0.5, magnitude="uniform", model="convnet", pixels=4, updates=20)
+    run = cell(method, pattern=pattern, sparsity=0.5, magnitude="uniform", model="convnet", pixels=4, updates=20)
     assert training.run_cell(run, None, CPU)["achieved_sparsity"] == 0.5
     for layer in (models[-1][3], models[-1][6], models[-1][9]):
-        kept = (layer.weight != 0).float().unflatten(1, (-1, 4)).sum(2)
-        assert (kept == 2).all()
+        kept = layer.weight != 0
+        if pattern == "2:4":
+            assert (kept.float().unflatten(1, (-1, 4)).sum(2) == 2).all()
+        else:
+            assert kept.all((1, 2, 3)).sum() == (~kept).all((1, 2, 3)).sum() == len(kept) / 2
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("filter", 0.75)])
+def test_gradual_pruning_of_a_pattern_grows_until_the_search_ends(pattern, sparsity):
+    zeros = []
+
+    def note(optimizer, *_):
+        zeros.append([p == 0 for group in optimizer.param_groups for p in group["params"] if p.dim() == 4][1:])
+
+    run = cell("GMP", pattern=pattern, sparsity=sparsity, magnitude="uniform", model="convnet", pixels=4)
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        result = training.run_cell(replace(run, updates=200, search=0.7, delay=3 / 7), None, CPU)
+    finally:
+        handle.remove()
+    sparsities = [float(torch.cat([z.flatten() for z in now]).float().mean()) for now in zeros]
+    # 60 updates of plain training, and then a mask after every fourth of 80; an update shows the mask before it.
+    for update, now in enumerate(sparsities, 1):
+        progress = min(1, max(0, update - 61) // 4 * 4 / 80)
+        assert now == pytest.approx(sparsity * (1 - (1 - progress) ** 3), abs=0.02), update
+    assert all(bool((z[i] | ~before[i]).all()) for before, z in itertools.pairwise(zeros) for i in range(3))
+    assert (result["dense_updates"], result["sparse_updates"]) == (140, 60)
 
 
 def test_an_optimizer_other_than_the_recipes_can_be_chosen(monkeypatch):
@@ -741,6 +767,18 @@ def test_a_penalty_is_chosen_with_the_learning_rate_on_validation_data(tmp_path)
         assert made == {max(tried, key=tried.get)}
 
 
+def test_methods_without_a_penalty_may_try_as_many_rates_as_others_have_rates_and_ceilings(tmp_path):
+    arguments = ("--methods", "L1", "RST", "--max-penalties", "0.1", "1", "--choose-penalty", "--seeds", "1")
+    rates = ("--rates", "0.01", "0.1", "--rates-without-penalty", "0.01", "0.03", "0.1", "0.2")
+    table = run_command(tmp_path, *arguments, *rates)
+    assert "2 learning rates (0.01, 0.1), without a penalty 4 (0.01, 0.03, 0.1, 0.2), tried with 1 separate" in table
+    tried = [cell for cell in Records(tmp_path / "records.jsonl").results if cell.tuning]
+    assert sorted(cell.rate for cell in tried if cell.method == "L1") == [0.01, 0.03, 0.1, 0.2]
+    assert sorted((cell.rate, cell.max_penalty) for cell in tried if cell.method == "RST") == [
+        *((0.01, 0.1), (0.01, 1.0), (0.1, 0.1), (0.1, 1.0)),
+    ]
+
+
 def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys):
     arguments = [
         "--methods",
@@ -823,6 +861,23 @@ def test_a_comparison_says_what_is_not_usual(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "that are pruned, 2:4 along the input dimension" in table
     assert [line[:6] for line in table.splitlines() if line.startswith("| 50 %")] == ["| 50 %"] * 2
+    arguments = [
+        "--methods",
+        "L1",
+        "GMP",
+        "--pattern",
+        "filter",
+        "--sparsity",
+        "0.25",
+        "--seeds",
+        "1",
+        "--rates",
+        "0.1",
+    ]
+    compare_tickets.main([*arguments, "--updates", "40", "--out", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert "that are pruned, whole filters" in table
+    assert [line[:6] for line in table.splitlines() if line.startswith("| 25 %")] == ["| 25 %"] * 2
 
 
 def test_records_from_before_the_newer_fields_are_still_known():
@@ -967,6 +1022,7 @@ def is_running(pid):
         (["--pattern", "2:4", "--methods", "L1", "--magnitude", "global"], "is for --pattern unstructured"),
         (["--methods", "magic"], "invalid choice"),
         (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
+        (["--pattern", "filter"], "not for scratch-ERK, LTH"),
         (["--pattern", "2:4", "--methods", "RST", "--sparsity", "0.9"], "means a sparsity of 0.5"),
         (["--engine", "ray"], "pip install '.[ray]'"),
         (["--engine", "ray", "--minutes", "5"], "leave out torchrun and --engine"),
