@@ -19,9 +19,9 @@ methods (names as in the tables):
 
 What is kept equal: the total number of updates (scratch-short alone has fewer), the initial weights and the order of
 the batches of a seed, which layers stay dense, the optimizer, and how many learning rates a method may try. The rate of
-the dense stretches is the best one for the dense network; the rate of the last stretch is chosen for each method and
-sparsity. Both are chosen on the validation part, with separate seeds. The test part is looked at once in a run,
-after its last update.
+the dense stretches is the best one for the dense network; the rate of the last stretch (with --rate-from delay, of all
+that follows the plain training) is chosen for each method and sparsity. Both are chosen on the validation part, with
+separate seeds. The test part is looked at once in a run, after its last update.
 
 Every finished run is a line in OUT/records.jsonl. The same command again makes only the runs that are missing.
 """
@@ -96,6 +96,7 @@ class Comparison:
                 max_penalty=ceiling,
                 hold=o.hold,
                 delay=o.delay,
+                rate_from=o.rate_from,
                 pattern=o.pattern,
                 optimizer=o.optimizer or "",
                 recalibrate=o.recalibrate,
@@ -191,6 +192,9 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     )
     delayed = f", after the first {options.delay:.0%} of the search" if options.delay else ""
     decayed = "" if options.weight_decay is None else f", weight decay {options.weight_decay:g}"
+    own = "the last stretch of training"
+    if options.rate_from == "delay":
+        own += ", and of the one before it, in which GMP prunes and RST penalizes"
     patterns = {"unstructured": "", "filter": ", whole filters"}
     pattern = patterns.get(options.pattern, f", {options.pattern} along the input dimension")
     anew = f" on {options.recalibrate} training batches" if options.recalibrate else ", not measured anew"
@@ -216,7 +220,7 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
   brackets: relative to dense training.
 - Just masked: validation accuracy between the mask and the training that follows it.
-- Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of the last stretch of training.
+- Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of {own}.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.
 

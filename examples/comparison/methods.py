@@ -99,10 +99,10 @@ def gradual(job: Job) -> None:
             hold_largest(job, job.cell.sparsity * (1 - (1 - now / length) ** 3), within=job.masks)
 
     if job.cell.pattern == "unstructured":
-        job.train(length, job.cell.dense_rate, after_update=prune)
+        job.train(length, job.search_rate, after_update=prune)
     else:  # the library's own, which grows over 0.6 of its steps; it rounds otherwise than the earlier tables
         pruning = gradually(job, steps=int(length / 0.6), intervals=GMP_INTERVALS, max_penalty=0)
-        job.train(length, job.cell.dense_rate, after_update=pruning.step)
+        job.train(length, job.search_rate, after_update=pruning.step)
         pruning.finalize()
         job.ticket = pruning
     job.look_at_masked()
@@ -170,7 +170,7 @@ def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> 
     job.ticket = rst = build(steps=length - held, hold=held, max_penalty=cell.max_penalty, schedule=cell.schedule)
     with warnings.catch_warnings():  # the table says how much was left
         warnings.filterwarnings("ignore", message="with lr=|the masked weights (still held|come to rest)")
-        job.train(updates, cell.dense_rate, after_update=rst.step)
+        job.train(updates, job.search_rate, after_update=rst.step)
         job.residual = rst.residual()
         rst.finalize()
     job.look_at_masked()
@@ -238,7 +238,7 @@ def with_its_own(cell: Cell) -> Cell:
     if method not in PENALIZED:
         unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0}
     if method not in DELAYED:
-        unused |= {"delay": 0.0}
+        unused |= {"delay": 0.0, "rate_from": "mask"}
     if method == "dense":
         unused |= {"pattern": "unstructured"}
     if cell.optimizer == MODELS[cell.model].optimizer:

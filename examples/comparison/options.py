@@ -95,6 +95,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
     text = "part of the search that GMP and all forms of RST train plainly before they begin; default: 0"
     how("--delay", type=between(0, 1), default=0.0, metavar="F", help=text)
+    text = "where the rate that is chosen for each method begins: at the mask, or after the delay; default: mask"
+    how("--rate-from", choices=("mask", "delay"), default="mask", help=text)
     text = "measure BatchNorm's statistics anew on N training batches just after a mask; default: 0, not at all"
     how("--recalibrate", type=at_least(0), default=0, metavar="N", help=text)
 
@@ -175,6 +177,8 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         parser.error("--engine ray needs Ray: pip install '.[ray]'")
     if options.batch % ranks:
         parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
+    if options.rate_from == "delay" and (not options.delay or options.anneal == "once"):
+        parser.error("--rate-from delay needs a --delay, and --anneal each")
     if options.pattern != "unstructured" and options.magnitude != "uniform":
         parser.error(f"--magnitude {options.magnitude} is for --pattern unstructured")
     search = round(options.search * options.updates)

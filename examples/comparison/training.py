@@ -85,6 +85,11 @@ class Job:
         """What is held at zero now: nothing while RST is in its transformation."""
         return {} if self.ticket is None or getattr(self.ticket, "phase", "") == "transform" else self.ticket.masks
 
+    @property
+    def search_rate(self) -> float:
+        """Of what comes between the plain training and the mask."""
+        return self.cell.rate if self.cell.rate_from == "delay" else self.cell.dense_rate
+
     def train_delay(self) -> None:
         """The plain training before a method's own way to its mask begins."""
         if updates := round(self.cell.delay * self.search):

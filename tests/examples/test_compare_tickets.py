@@ -172,6 +172,23 @@ def test_the_penalty_may_begin_later(monkeypatch):
     assert (result["dense_updates"], result["sparse_updates"]) == (20, 20)
 
 
+@pytest.mark.parametrize("method", sorted(DELAYED - {"RST-iter"}))
+def test_the_chosen_rate_may_begin_after_the_delay(method):
+    rates = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        for rate_from in ("mask", "delay"):
+            training.run_cell(cell(method, delay=0.5, rate_from=rate_from), None, CPU)
+    finally:
+        handle.remove()
+    ten = [share_of_rate((update + 1) / 11) for update in range(10)]
+    twenty = [share_of_rate((update + 1) / 21) for update in range(20)]
+    for first, second in ((0, CELL.dense_rate), (CELL.updates, CELL.rate)):
+        expected = [share * CELL.dense_rate for share in ten] + [share * second for share in ten]
+        assert rates[first : first + CELL.updates] == expected + [share * CELL.rate for share in twenty]
+    assert with_its_own(cell("L1", delay=0.5, rate_from="delay")) == with_its_own(cell("L1"))
+
+
 def test_gradual_pruning_takes_more_and_more_of_the_smallest_and_holds_them(monkeypatch):
     zeros, lefts = [], []
 
@@ -851,9 +868,11 @@ def test_a_search_asks_what_else_may_matter(tmp_path, monkeypatch, capsys):
 def test_a_comparison_says_what_is_not_usual(tmp_path):
     arguments = ["--methods", "L1", "GMP", "RST", "--optimizer", "adamw", "--delay", "0.5", "--seeds", "1"]
     arguments += ["--model", "convnet", "--pixels", "4", "--recalibrate", "2", "--rates", "0.001"]
+    arguments += ["--rate-from", "delay"]
     table = run_command(tmp_path, *arguments)
     assert "Optimizer: adamw. BatchNorm after a mask: statistics on 2 training batches" in table
     assert "GMP prunes 20 times, after the first 50% of the search" in table
+    assert "last stretch of training, and of the one before it" in table
     for cell in Records(tmp_path / "records.jsonl").results:
         assert (cell.optimizer, cell.recalibrate, cell.delay) == ("adamw", 2, 0.5 if cell.method in DELAYED else 0)
     arguments = ["--methods", "L1", "RST", "--pattern", "2:4", "--seeds", "1", "--rates", "0.1", "--updates", "40"]
@@ -1019,6 +1038,8 @@ def is_running(pid):
         (["--sparsity", "90"], "between 0 and 1"),
         (["--updates", "40", "--cycles", "5"], "too few"),
         (["--updates", "100", "--delay", "0.95"], "too few"),
+        (["--rate-from", "delay"], "needs a --delay"),
+        (["--rate-from", "delay", "--delay", "0.5", "--anneal", "once"], "and --anneal each"),
         (["--pattern", "2:4", "--methods", "L1", "--magnitude", "global"], "is for --pattern unstructured"),
         (["--methods", "magic"], "invalid choice"),
         (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
