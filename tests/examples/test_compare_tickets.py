@@ -413,8 +413,7 @@ def test_a_run_is_reproducible():
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
-@pytest.mark.parametrize("anneal", ["each", "once"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("anneal", "optimizer"), [("each", "sgd"), ("once", "adamw")])
 def test_a_remembered_beginning_changes_no_result(anneal, optimizer, monkeypatch):
     steps, ends = [], []
 
