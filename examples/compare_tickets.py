@@ -12,7 +12,8 @@ methods (names as in the tables):
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
   L1-RST              train plainly for --delay, then transform the mask of the largest weights, mask, finetune
-  GMP-RST             the same with a mask that grows while it is transformed
+  L1-RST-norm         the same with BatchNorm's weights behind masked filters (--pattern filter)
+  GMP-RST             L1-RST with a mask that grows while it is transformed
   RST                 train under a growing penalty on the weights of a random mask, mask, finetune
   RST-ERK             the same, with more weights kept in small layers
   RST-iter            RST in several cycles, with nested masks

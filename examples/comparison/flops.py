@@ -32,7 +32,7 @@ class FlopCount:
         saved = 0.0
         for name, mask in masks.items():
             pruned = 1 - float(mask.float().mean())
-            saved += pruned * self._of_layer[name.rpartition(".")[0]]
+            saved += pruned * self._of_layer.get(name.rpartition(".")[0], 0)  # none counts those of a norm
         return self.dense - saved
 
     def training(self, updates: int, batch: int, masks: Mapping[str, Tensor]) -> float:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import GradualPruning, LotteryTicket, hold, magnitude_masks, random_ticket
@@ -150,6 +151,17 @@ def magnitude_rst(job: Job) -> None:
     transform(job, lambda **schedule: RSTScheduler(job.model, masks=masks, **schedule))
 
 
+def magnitude_rst_norm(job: Job) -> None:
+    """The same with BatchNorm's weight and bias behind each masked filter, for it scales up again what shrinks."""
+    job.train_delay()
+    masks = largest(job, job.cell.sparsity, pattern=job.cell.pattern)
+    for (name, _), (after, norm) in itertools.pairwise(job.model.named_modules()):
+        mask = masks.get(f"{name}.weight")
+        if isinstance(norm, nn.BatchNorm2d) and mask is not None and not (kept := mask.flatten(1).any(1)).all():
+            masks |= {f"{after}.weight": kept, f"{after}.bias": kept}
+    transform(job, lambda **schedule: RSTScheduler(job.model, masks=masks, **schedule))
+
+
 def gradual_rst(job: Job) -> None:
     """A mask that takes more and more of the smallest weights, transformed while it grows."""
     job.train_delay()
@@ -197,6 +209,7 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "LTH-iter": lottery_iterative,
     "random-after-dense": random_after_dense,
     "L1-RST": magnitude_rst,
+    "L1-RST-norm": magnitude_rst_norm,
     "GMP-RST": gradual_rst,
     "RST": rst,
     "RST-ERK": rst_erk,
@@ -207,17 +220,18 @@ EXTRA = (
     "scratch-short",
     "GMP",
     "L1-RST",
+    "L1-RST-norm",
     "GMP-RST",
     "RST-ERK",
 )  # compared with when they are asked for
 PAPER = [method for method in METHODS if method not in EXTRA]
-BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter", "L1-RST", "GMP-RST"}
-PENALIZED = {"L1-RST", "GMP-RST", "RST", "RST-ERK", "RST-iter"}
+BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter", "L1-RST", "L1-RST-norm", "GMP-RST"}
+PENALIZED = {"L1-RST", "L1-RST-norm", "GMP-RST", "RST", "RST-ERK", "RST-iter"}
 SEARCHES = BY_MAGNITUDE | PENALIZED | {"random-after-dense"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
 DELAYED = {*PENALIZED, "GMP"}
-WITH_PATTERN = {"dense", "scratch", "L1", "GMP", "random-after-dense", "RST", "L1-RST", "GMP-RST"}
+WITH_PATTERN = {"dense", "scratch", "L1", "GMP", "random-after-dense", "RST", "L1-RST", "L1-RST-norm", "GMP-RST"}
 
 
 def with_its_own(cell: Cell) -> Cell:

@@ -272,6 +272,25 @@ def test_masks_of_a_pattern_leave_half(method, pattern, monkeypatch):
             assert kept.all((1, 2, 3)).sum() == (~kept).all((1, 2, 3)).sum() == len(kept) / 2
 
 
+@pytest.mark.parametrize(("model", "layers"), [("convnet", 3), ("resnet8", 6)])
+def test_norms_behind_masked_filters_are_penalized_with_them(model, layers, monkeypatch):
+    built = []
+    build = methods.RSTScheduler.__init__
+    monkeypatch.setattr(methods.RSTScheduler, "__init__", lambda *a, **k: built.append(a) or build(*a, **k))
+    run = cell("L1-RST-norm", pattern="filter", sparsity=0.5, magnitude="uniform", model=model, pixels=4, updates=20)
+    training.run_cell(run, None, CPU)
+    [(rst, network)] = built
+    assert len(rst.masks) == 3 * layers
+    for name, mask in rst.masks.items():
+        if mask.dim() == 4:
+            layer = name.removesuffix(".weight")
+            norm = str(int(layer) + 1) if model == "convnet" else layer.replace("conv", "norm")
+            for key in ("weight", "bias"):
+                parameter = f"{norm}.{key}"
+                assert torch.equal(rst.masks[parameter], mask.flatten(1).any(1))
+                assert not network.get_parameter(parameter)[~rst.masks[parameter]].any()
+
+
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("filter", 0.75)])
 def test_gradual_pruning_of_a_pattern_grows_until_the_search_ends(pattern, sparsity):
     zeros = []
