@@ -101,7 +101,7 @@ def gradual(job: Job) -> None:
 
     if job.cell.pattern == "unstructured":
         job.train(length, job.search_rate, after_update=prune)
-    else:  # the library's own, which grows over 0.6 of its steps; it rounds otherwise than the earlier tables
+    else:  # the library's, which grows over 0.6 of its steps; its counts are rounded otherwise than in earlier tables
         pruning = gradually(job, steps=int(length / 0.6), intervals=GMP_INTERVALS, max_penalty=0)
         job.train(length, job.search_rate, after_update=pruning.step)
         pruning.finalize()

@@ -49,7 +49,8 @@ class GradualPruning(RSTScheduler):
         schedule: of λ; as for :class:`torch_dual_ticket.RSTScheduler`.
         intervals: how often the mask grows.
         distribution: "uniform", "erk", or "global"; as for :func:`magnitude_masks`.
-        pattern: as for :func:`magnitude_masks`; "n:m" is complete at the end.
+        pattern: as for :func:`magnitude_masks`; "n:m" is complete at the end. Of whole filters BatchNorm undoes the
+            penalty: give ``max_penalty=0``, or :class:`torch_dual_ticket.RSTScheduler` masks of the norm as well.
         scores: what is compared in place of the magnitudes; as for :func:`magnitude_masks`, or a function that is given
             the model each time the mask grows, and returns such a mapping.
         targets: module types whose ``weight`` is masked.
