@@ -20,6 +20,7 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_dual_ticket._engine import optimizer_hooks
+from torch_dual_ticket.kept.values import values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +102,7 @@ def as_if_alone(step: Callable[[], Result], rst: RSTScheduler | None) -> Callabl
     the library had not been imported.
     """
 
-    tickets = () if rst is None else (rst._ticket, rst._ticket.kept)
+    tickets = () if rst is None else (rst._ticket, values_of(rst._ticket))
     mine = tuple(weakref.ref(one) for one in tickets if one is not None)  # once: another tuple would be looked through
 
     def alone() -> Result:

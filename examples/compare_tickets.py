@@ -35,8 +35,10 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,13 +49,14 @@ from comparison.methods import GMP_INTERVALS, PENALIZED, SEARCHES, with_its_own
 from comparison.models import MODELS
 from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
+from comparison.recipe import add_recipe
 from comparison.records import Records
-from comparison.report import Report
+from comparison.report import PAGE, Report
 from comparison.training import load
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Callable, Mapping, Sequence
 
 
 DECAYS = {
@@ -178,15 +181,25 @@ class Comparison:
         return {cell: self.records.results[cell] for cell in cells}
 
 
-def description(options: argparse.Namespace, command: list[str]) -> str:
+def subject(options: argparse.Namespace) -> str:
+    """The network and the data, with their sizes."""
+    data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
+    weights = sum(p.numel() for p in MODELS[options.model].build(data.example_shape, data.classes).parameters())
+    shape = " × ".join(map(str, data.example_shape))
+    on = "" if options.data == options.model else f" on {options.data}"
+    return f"{options.model} ({weights:,} weights){on} ({data.sizes['train']:,} examples of {shape})"
+
+
+def description(options: argparse.Namespace, command: list[str], report: Report) -> str:
     data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
     sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
     rates, others = options.rates, options.rates_without_penalty
-    trials = f"{len(rates)} learning rates ({', '.join(f'{rate:g}' for rate in rates)})"
+    trials, separate = ", ".join(f"{rate:g}" for rate in rates), options.tuning_seeds
+    trials = f"learning rate {trials}" if len(rates) == 1 else f"the best of the learning rates {trials}"
     if others != rates:
-        trials += f", without a penalty {len(others)} ({', '.join(f'{rate:g}' for rate in others)})"
+        trials += f" (methods without a penalty: {', '.join(f'{rate:g}' for rate in others)})"
     if len(rates) > 1 or len(others) > 1:
-        trials += f", tried with {options.tuning_seeds} separate seed(s) on the validation part"
+        trials += f", tried with {separate} separate seed{'s' * (separate > 1)} on the validation part"
     pixels = f", averaged to {options.pixels} × {options.pixels} pixels" if options.pixels else ""
     again = (
         "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
@@ -202,14 +215,15 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
     ceilings = (", or " if options.choose_penalty else " and ").join(f"{p:g}" for p in options.max_penalties)
     if options.choose_penalty:
         ceilings += " (chosen with the learning rate, on the same data)"
-    return f"""# {options.model} on {options.data}
-
-    {shlex.join(command)}
-
+    title = options.model if options.data == options.model else f"{options.model} on {options.data}"
+    dense = ", ".join(MODELS[options.model].dense_layers) or "none"
+    dense = f"\n- Layers that stay dense: {dense}." if options.data == options.model else ""
+    masked = "\n- Just masked: validation accuracy between the mask and the training that follows it."
+    texts = f"""
 - Budget: {options.updates:,} updates of batch {options.batch} for every run; methods that search for a ticket spend
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
 - Learning rates {DECAYS[options.decay]} {again}.
-- Data: {sizes}{pixels}.
+- Data: {sizes}{pixels}.{dense}
 - Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
 - Optimizer: {options.optimizer or MODELS[options.model].optimizer}{decayed}. BatchNorm after a mask: statistics{anew}.
 - GMP prunes {GMP_INTERVALS} times{delayed}; until its last mask its weights count as dense.
@@ -219,13 +233,65 @@ def description(options: argparse.Namespace, command: list[str]) -> str:
 - Test accuracy: mean ± half the 95 % interval (Student's t) over {options.seeds} seeds. "− scratch" and so on are
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
-  brackets: relative to dense training.
-- Just masked: validation accuracy between the mask and the training that follows it.
+  brackets: relative to dense training.{masked * report.knows_masked}
 - Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of {own}.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.
-
 """
+    bullets = [" ".join(bullet.split()) for bullet in texts.split("\n- ")[1:]]
+    text = "\n".join(fill(f"- {bullet}", PAGE, subsequent_indent="  ", break_on_hyphens=False) for bullet in bullets)
+    return f"# {title}\n\n    {shlex.join(command)}\n\n{text}\n\n"
+
+
+NOT_IN_A_CALL = {"recipe", "data_dir", "pixels", "out", "jobs", "minutes", "engine"}
+
+
+def compare(
+    model: Callable[[], torch.nn.Module],
+    data: Callable[[], Mapping[str, Any]],
+    *,
+    dense_layers: Sequence[str] = (),
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> Report:
+    """The same comparison as a call, for a notebook: on your own model and data, in this process.
+
+    It keeps no records: for what takes hours, put the functions into a file and use the command with ``--recipe``.
+
+    Args:
+        model: returns a new module at each call.
+        data: returns ``{"train": (x, y), "validation": (x, y), "test": (x, y)}``: tensors as the model reads them, and
+            numbers of classes; or ``torch.utils.data.Dataset`` of such pairs.
+        dense_layers: names of layers that no method prunes.
+        optimizer: a function of parameters and ``lr``; it needs ``rates``. None: as ``--optimizer``.
+        options: those of the command: ``methods``, ``sparsity``, ``updates``, ``batch``, ``seeds``, ``rates`` …
+
+    Returns:
+        The report, which shows its tables in a notebook; ``draw(path)`` makes the picture, ``write_csv(path)`` a file.
+
+    Raises:
+        TypeError: an option that only the command has.
+        ValueError: what the functions return, or an option, cannot be used.
+    """
+    if wrong := NOT_IN_A_CALL & set(options):
+        raise TypeError(f"compare() has no {min(wrong)}: use the command for it, with the functions in a --recipe file")
+    name = f"{getattr(model, '__name__', 'model')}()"
+    given = {
+        option: list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        for option, value in options.items()
+        if value is not None and value is not False
+    }
+    add_recipe(name, model, data, dense_layers=dense_layers, optimizer=optimizer, rates=given.get("rates", []))
+    argv: list[str] = []
+    for option, values in given.items():
+        argv += [f"--{option.replace('_', '-')}", *(str(value) for value in values if value is not True)]
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    chosen = parse("", argv, added=name, error=refuse)
+    with ProgressBar() as progress:
+        return Report(Comparison(chosen, Records(None), progress).run(), subject(chosen))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,8 +318,8 @@ def main(argv: list[str] | None = None) -> None:
             progress.console.print(f"{options.minutes:g} minutes are over; the same command makes the other runs")
             return
         if is_first:
-            report = Report(results)
-            text = description(options, command) + report.markdown()
+            report = Report(results, subject(options))
+            text = description(options, command, report) + report.markdown()
             (options.out / "table.md").write_text(text, encoding="utf-8")
             report.write_csv(options.out / "table.csv")
             report.draw(options.out / "picture.png")

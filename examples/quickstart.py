@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> list[Run]:
         for run in runs:
             getattr(trainer, run.method.lower().replace(" ", "_"))(run)
     print_table(console, runs)
-    draw(runs, sparsities, round(TRANSFORM * trainer.updates), options.out)
+    weights, examples = sum(p.numel() for p in trainer.new_model(0).parameters()), len(parts["train"][0])
+    subject = f"{weights:,} weights, {examples:,} training examples, {trainer.updates:,} updates"
+    draw(runs, sparsities, round(TRANSFORM * trainer.updates), options.out, subject)
     console.print(f"picture: {options.out}")
     return runs
 

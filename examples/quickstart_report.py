@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from comparison.colors import COLORS
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-COLORS = {"dense": "0.4", "random scratch": "tab:orange", "random RST": "tab:blue"}
+METHODS = {"dense": "dense", "random scratch": "scratch", "random RST": "RST"}  # and their names in the comparison
 
 
 @dataclass
@@ -51,11 +52,13 @@ def print_table(console: Console, runs: list[Run]) -> None:
     )
 
 
-def draw(runs: list[Run], sparsities: list[float], finalized: int, path: Path) -> None:
+def draw(runs: list[Run], sparsities: list[float], finalized: int, path: Path, subject: str) -> None:
     figure = Figure(figsize=(1 + 4.5 * len(sparsities), 8), layout="constrained")
+    figure.suptitle(subject, fontsize=10)
     rows = figure.subplots(3, len(sparsities), sharex=True, sharey="row", squeeze=False)
     for (top, middle, bottom), sparsity in zip(rows.T, sparsities, strict=True):
-        for method, color in COLORS.items():
+        for method, name in METHODS.items():
+            color = COLORS[name]
             curves = [run.curve for run in runs if run.method == method and run.sparsity in (sparsity, 0.0)]
             lines = {key: np.array([[point[key] for point in curve] for curve in curves]) for key in curves[0][0]}
             updates = lines["update"][0]
@@ -69,7 +72,7 @@ def draw(runs: list[Run], sparsities: list[float], finalized: int, path: Path) -
         for axes in (top, middle, bottom):
             axes.axvline(finalized, color="0.7", linestyle=":", linewidth=1)
             axes.grid(alpha=0.3)
-        top.set_title(f"{100 * sparsity:.4g} % of the weights masked")
+        top.set_title(f"tickets: {100 * sparsity:.4g} % of the weights masked")
         bottom.set_xlabel("updates (dotted: finalize)")
     for axes, label in zip(
         rows[:, 0], ("penalty λ, RST", "norm of weights, RST", "validation accuracy, %"), strict=True

@@ -15,6 +15,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from comparison.cells import Cell
@@ -25,8 +26,10 @@ from comparison.models import MODELS, OPTIMIZERS
 from comparison.options import PATTERNS, TUNING_SEED, sparsities_of
 from comparison.progress import ProgressBar
 from comparison.records import Records
-from comparison.report import estimate
+from comparison.report import PAGE, estimate, tables
 from comparison.training import load
+
+SETTINGS = ("search", "anneal", "penalty", "hold", "delay", "optimizer at the mask", "BatchNorm", "rate")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -111,34 +114,37 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
     found = [(row, *best(row)) for row in rows]
     found.sort(key=lambda item: (item[0].sparsity, -sum(result["validation"] for result in item[2])))
     lines = []
+    several = len({row.variant for row in rows if row.variant}) > 1
     for row, rate, results in found:
         masked, residual = (
             "" if results[0][name] is None else f"{sum(r[name] for r in results) / len(results):.{digits}}"
             for name, digits in (("masked", "1f"), ("residual", "2%"))
         )
-        penalized, goes_on = row.method in PENALIZED, row.method in ANNEALED_ONCE
+        goes_on = row.method in ANNEALED_ONCE
         kept = row.optimizer_state or ("new" if row.anneal == "each" else "kept")
         lines.append(
             {
                 "sparsity": f"{100 * row.sparsity:g} %",
-                "method": row.method,
+                "method": f"{row.method} ({row.variant})" if several and row.variant else row.method,
                 "search": f"{100 * row.search:g} %" if row.search else "",
-                "rate falls": row.anneal if goes_on else "",
-                "penalty": row.variant,
-                "hold": f"{row.hold:g}" if penalized else "",
+                "anneal": row.anneal if goes_on else "",
+                "penalty": "" if several else row.variant,
+                "hold": f"{row.hold:g}" if row.method in PENALIZED else "",
                 "delay": f"{row.delay:g}" if row.method in DELAYED else "",
                 **({"optimizer at the mask": kept if goes_on else ""} if options.optimizer_states != [""] else {}),
                 **({"BatchNorm": f"{row.recalibrate}" if goes_on else ""} if options.recalibrations != [0] else {}),
                 "rate": f"{rate:g}",
-                "just masked, %": masked,
+                "masked, %": masked,
                 "residual": residual,
                 "validation, %": str(estimate([result["validation"] for result in results])),
             }
         )
-    left = {"method", "rate falls", "penalty"}
-    rows_of_text = [list(lines[0]), ["---" if name in left else "---:" for name in lines[0]]]
-    rows_of_text += [list(line.values()) for line in lines]
-    return "".join(f"| {' | '.join(texts)} |\n" for texts in rows_of_text)
+    values = {name: {line[name] for line in lines} - {""} for name in SETTINGS if name in lines[0]}
+    same = {name: found for name, found in values.items() if len(found) < 2}
+    shared = [f"{name} {value}" for name, found in same.items() for value in found]
+    lines = [{name: text for name, text in line.items() if name not in same} for line in lines]
+    text = fill(f"Everywhere, where a method has it: {'; '.join(shared)}.", PAGE)
+    return f"{text}\n\n{tables(lines)}"
 
 
 def runs_of(options: argparse.Namespace, row: Cell, rate: float) -> list[Cell]:

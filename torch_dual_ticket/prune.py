@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -43,8 +45,8 @@ class RandomUnstructured(_Stock):
         amount: what to prune. A float in [0, 1] is the fraction, rounded to a whole number of entries as Python's
             ``round`` does; an int is that number of entries.
         seed: any int; or None to draw one from torch's global CPU generator for every mask, so that
-            ``torch.manual_seed`` makes it reproducible. Give one where several ranks train replicas: their generators
-            may differ, and the replicas would drift apart.
+            ``torch.manual_seed`` makes it reproducible. Give one where several ranks train replicas (a ``UserWarning``
+            asks for it): their generators may differ, and the replicas would drift apart.
 
     Raises:
         TypeError: ``amount`` is not a real number, or ``seed`` not an int.
@@ -90,6 +92,12 @@ class RandomUnstructured(_Stock):
         mask = default_mask.clone()
         if pruned == 0 or mask.is_meta:  # nothing to draw, so nothing is taken from the generator either
             return mask
+        if self.seed is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(  # to agree would take a collective call, which torch's method is not
+                f"each of the {dist.get_world_size()} ranks draws this mask from its own generator: where those differ,"
+                " masks do, and replicas drift apart. Give every rank the same seed=….",
+                stacklevel=5,
+            )
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if self.seed is None else int(self.seed)
         kept = SeededMask(seed, "", (size,), pruned).draw(device=mask.device)
         return mask.masked_fill_(~kept.view(mask.shape), 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,20 +9,20 @@ from torch import nn
 
 from ._engine import layer_hook
 from ._engine.layer_hook import manage
-from ._engine.ticket import Phase, Stage, Ticket
+from ._engine.stage import Phase, Stage
+from ._engine.ticket import Ticket
 from ._model.coverage import warn_of_coverage
 from ._model.masked import find_masked
 from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
-from ._rst.advice import Advice, lever
+from ._rst.advice import Advice
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
-from ._rst.loop_warnings import MissingPenalty, Unfinished, patience, warn_of_lost_layers
+from ._rst.loop_warnings import MissingPenalty, MissingStep, Unfinished, warn_of_lost_layers
 from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
 from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
 from ._rst.schedule import check_integer, make_timeline
 from ._rst.sparse_start import SparseStart
-from ._tables import Table, TableInNotebooks
 from .masks.explicit import ExplicitMask
 from .masks.plan import make_plan
 from .masks.seeded import SeededMask
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from .masks.plan import Plan
 
 
-class RSTScheduler(ManagedMasks, TableInNotebooks):
+class RSTScheduler(ManagedMasks):
     """Random Sparse Network Transformation (Bai et al., ICLR 2022, section 3.2) inside your own training loop.
 
     A random mask is drawn for each layer from a seed. While the dense network trains, ``λ·w`` is added to the gradients
@@ -165,8 +163,8 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             scheduler=self,
             optimizer=optimizer,
             stores_masks=store_masks,
-            patience=patience(self._timeline.total),
             before_first=self._sparse_start.count,
+            after_update=MissingStep(self._timeline.total).look,
         )
         manage(self._ticket, found)
         self._unfinished = Unfinished(self, self._ticket, self._timeline.total)
@@ -188,20 +186,23 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
                 warn_of_lost_layers(ticket.detach_lost(), stacklevel=3)
             self._step_in_force()
             return
-        if not ticket.all_penalized():
+        transformation = ticket.transformation
+        unpenalized = transformation.unpenalized(ticket.parameters)
+        if unpenalized:
             validation.check_reachable(ticket, stacklevel=3)
         if not ticket.parameters:
             return
         if not (self._steps or self._seed_is_given):
             check_not_joined(self._ranks)
-        steps = min(self._steps + ticket.counts(is_last=self._steps == timeline.total - 1), timeline.total)
+        steps = min(self._steps + transformation.counts(is_last=self._steps == timeline.total - 1), timeline.total)
         self._advice.look(ticket, self._steps, steps)
         penalty, masks = timeline.penalty(steps), self._masks_after(steps)  # a schedule may raise
-        changed = ticket.begin_step()
+        ticket.begin_step()
         ticket.transform(masks, penalty, steps)
-        self._missing_penalty.look(ticket, changed)
+        self._missing_penalty.look(ticket, unpenalized)
         self._sparse_start.speak()
         self._advice.speak()
+        self._unfinished.look()
 
     def _step_in_force(self) -> None:
         """A step while the masks are in force: nothing is left to do."""
@@ -312,7 +313,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
             masks = self._final_masks()
             report = measure(ticket, masks)
             report_on_others = warn_of_unpenalized(ticket, report)
-            warn_of_residual(report_on_others, self._steps, self._timeline, partial(lever, ticket))
+            warn_of_residual(report_on_others, self._steps, self._timeline, ticket)
             ticket.hold_zeros(masks, self._steps, report)
         if layout == "prune":
             self.to_prune()
@@ -331,14 +332,9 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         cycles = self._timeline.cycles
         cycle = f", cycle {self._cycle + 1} of {cycles}" if cycles > 1 else ""
         schedule = f"{self.progress:.0%} of {self._timeline.total:,} steps, λ={self.penalty:.4g}"
-        layers = f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
-        if not self._ticket.holds:
-            layers = f"masks for {layers}, not applied yet"
+        layers = self._layers if self._ticket.holds else f"masks for {self._layers}, not applied yet"
         masks = "explicit masks" if self.seed is None else f"seed={self.seed}"
         return f"{type(self).__name__}({self.phase}{cycle}: {schedule}, {layers}, {masks})"
-
-    def _table(self, width: int) -> Table:
-        return replace(measure(self._ticket)._table(width), notes=(repr(self),))
 
     # -- restarts ------------------------------------------------------------------------------------------------------
 
@@ -350,7 +346,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         return {
             "version": validation.STATE_VERSION,
             "ticks": self._steps,
-            "update_pending": self._ticket.updates.settle(wait=True),
+            "update_pending": self._ticket.transformation.updates.settle(wait=True),
             "phase": self.phase,
             "seed": self.seed,
             "masks": self._fingerprints(self.seed),
@@ -386,6 +382,7 @@ class RSTScheduler(ManagedMasks, TableInNotebooks):
         else:
             self._ticket.transform(masks, penalty, steps)
         self._ticket.resume(pending=pending)
+        self._missing_penalty = MissingPenalty()
 
     def _fingerprints(self, seed: int | None) -> dict[str, str]:
         masks = self._planned(seed).items()

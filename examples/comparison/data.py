@@ -30,23 +30,60 @@ FASHION_FILES = {
 CHECKSUMS = {"digits": "44471cf4", "fashion-mnist": "4c94a3b3", "cifar10": "3287a115"}
 
 
-def checksum_of(tensors: Iterable[Tensor]) -> str:
-    checksum = 0
+def checksum_of(tensors: Iterable[Tensor], code: bytes = b"") -> str:
+    checksum = zlib.crc32(code)
     for tensor in tensors:
         checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
     return f"{checksum:08x}"
 
 
-class Images:
+class Tensors:
+    """Examples of any shape and their labels, as they are; ``code`` is what else decides over the runs on them."""
+
+    def __init__(self, parts: dict[str, Part], classes: int, code: bytes = b"") -> None:
+        self.parts, self.classes = parts, classes
+        self.checksum = checksum_of((tensor for part in parts.values() for tensor in part), code)
+        self.example_shape = tuple(parts["train"][0].shape[1:])
+
+    def to(self, device: torch.device) -> Tensors:
+        self.parts = {name: (x.to(device), y.to(device)) for name, (x, y) in self.parts.items()}
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: len(y) for name, (_, y) in self.parts.items()}
+
+    def example(self) -> Tensor:
+        """One example, as the model gets it."""
+        return self._scale(self.parts["train"][0][:1])
+
+    def batches(self, size: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[Part]:
+        """Whole batches without end, from a new order in each epoch; of each batch every rank takes its share."""
+        x, y = self.parts["train"]
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+            for chosen in order[: max(size, len(order) // size * size)].split(size):
+                yield x[chosen[rank::ranks]], y[chosen[rank::ranks]]
+
+    def evaluation_batches(self, part: str) -> Iterator[Part]:
+        x, y = self.parts[part]
+        for examples, labels in zip(x.split(1000), y.split(1000), strict=True):
+            yield self._scale(examples), labels
+
+    def _scale(self, examples: Tensor) -> Tensor:
+        return examples
+
+
+class Images(Tensors):
     """Images as bytes of shape (examples, channels, height, width), with labels; scaled when a batch is taken."""
 
     def __init__(self, train: Part, test: Part, *, validation: int, augment: bool = False) -> None:
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
         chosen = {"validation": order[:validation], "train": order[validation:]}
-        self.parts = {name: (train[0][which], train[1][which]) for name, which in chosen.items()} | {"test": test}
+        parts = {name: (train[0][which], train[1][which]) for name, which in chosen.items()} | {"test": test}
+        super().__init__(parts, int(train[1].max()) + 1)
         self.augment = augment
-        self.classes = int(train[1].max()) + 1
-        self.checksum = checksum_of(tensor for part in self.parts.values() for tensor in part)
         self._look_at_pixels()
 
     def _look_at_pixels(self) -> None:
@@ -63,22 +100,14 @@ class Images:
         return self
 
     def to(self, device: torch.device) -> Images:
-        self.parts = {name: (x.to(device), y.to(device)) for name, (x, y) in self.parts.items()}
         self.mean, self.std = self.mean.to(device), self.std.to(device)
+        super().to(device)
         return self
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {name: len(y) for name, (_, y) in self.parts.items()}
 
     @property
     def border(self) -> int:
         """Pixels of padding before a crop: 4 for CIFAR's 32 × 32."""
         return self.example_shape[-1] // 8
-
-    def example(self) -> Tensor:
-        """One example, as the model gets it."""
-        return self._scale(self.parts["train"][0][:1])
 
     def batches(self, size: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[Part]:
         """Batches without end, from a new order in each epoch; of each batch every rank takes its share."""
@@ -101,11 +130,6 @@ class Images:
                 if self.augment:
                     images = crop_and_flip(images, self.border, offsets, flips)
                 yield images, y[which]
-
-    def evaluation_batches(self, part: str) -> Iterator[Part]:
-        x, y = self.parts[part]
-        for images, labels in zip(x.split(1000), y.split(1000), strict=True):
-            yield self._scale(images), labels
 
     def _scale(self, images: Tensor) -> Tensor:
         return images.float().sub_(self.mean).div_(self.std)
@@ -166,7 +190,7 @@ class Text:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Images | Text, part: str) -> float:
+def accuracy(model: nn.Module, data: Tensors | Text, part: str) -> float:
     """Percentage of labels, or of following characters, that the model gets right."""
     was_training = model.training
     model.eval()
@@ -251,7 +275,7 @@ def text(path: Path | None) -> Text:
     return Text(path.read_text(encoding="utf-8"))
 
 
-DATA: dict[str, Callable[[Path | None], Images | Text]] = {
+DATA: dict[str, Callable[[Path | None], Tensors | Text]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "cifar10": cifar10,
@@ -259,6 +283,6 @@ DATA: dict[str, Callable[[Path | None], Images | Text]] = {
 }
 
 
-def contents(name: str, data: Images | Text) -> str:
+def contents(name: str, data: Tensors | Text) -> str:
     """What tells data of one name apart: a checksum, and nothing for what everybody has the same of."""
     return "" if data.checksum == CHECKSUMS.get(name) else data.checksum

@@ -129,6 +129,7 @@ class Recipe:
     dense_layers: tuple[str, ...]
     optimizer: str
     reads: str  # "images" or "text"
+    rates: tuple[float, ...] = ()  # to choose from; those of the optimizer where there are none
 
 
 OPTIMIZERS = {

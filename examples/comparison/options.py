@@ -6,14 +6,15 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from .data import DATA
 from .methods import EXTRA, METHODS, PAPER, WITH_PATTERN
 from .models import MODELS, OPTIMIZERS
-from .training import load
+from .recipe import RecipeError, read_recipe
+from .training import forget, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
 TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
 PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75, "filter": None}  # and what sparsity each means
 MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
+
+
+RECIPE = """my_recipe.py, with what it may hold:
+  def model():  # called anew for every run
+      return nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+
+  def data():  # tensors as your model reads them, and numbers of classes; or torch.utils.data.Datasets of such pairs
+      return {"train": (x, y), "validation": (x_validation, y_validation), "test": (x_test, y_test)}
+
+  dense_layers = ["3"]  # names of layers that no method prunes, such as the first and the last; default: none
+  rates = [0.03, 0.1]  # learning rates to choose from; default: those of --optimizer
+
+  def optimizer(parameters, lr):  # in place of --optimizer and --weight-decay; needs rates
+      return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True)
+
+Another model, another recipe or other data make other runs: results of one are never taken for those of another.
+"""
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -38,15 +56,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "      --data cifar10 --data-dir data --model resnet32 --updates 60000 --batch 128 --out cifar\n"
         "  the usual recipe of ResNet-20, eight runs at a time on one GPU, and none begun after six minutes\n"
         "    python examples/compare_tickets.py --device cuda --jobs 8 --minutes 6 --data cifar10 --data-dir data \\\n"
-        "      --model resnet20 --updates 64000 --batch 128 --rates 0.1 --decay steps --weight-decay 1e-4 --out cifar",
+        "      --model resnet20 --updates 64000 --batch 128 --rates 0.1 --decay steps --weight-decay 1e-4 --out cifar\n"
+        "  your own classifier and data\n"
+        "    python examples/compare_tickets.py --recipe my_recipe.py --updates 2000 --sparsity 0.9 --out mine\n"
+        f"\n{RECIPE}",
     )
     what = parser.add_argument_group("what is compared").add_argument
-    what("--data", choices=DATA, default="digits", help="default: digits, which come with scikit-learn")
+    text = "a Python file with your own model() and data(), as shown below, in place of --model and --data"
+    what("--recipe", type=Path, metavar="FILE", help=text)
+    what("--data", choices=DATA, help="default: digits, which come with scikit-learn")
     text = "folder with the idx files (fashion-mnist) or with cifar-10-batches-bin (cifar10); for text, the file"
     what("--data-dir", type=Path, metavar="PATH", help=text)
     text = "average images to N × N pixels, for computers without a GPU; default: as they are"
     what("--pixels", type=at_least(1), default=0, metavar="N", help=text)
-    what("--model", choices=MODELS, default="lenet-300-100", help="default: lenet-300-100")
+    what("--model", choices=MODELS, help="default: lenet-300-100")
     text = f"of those above; default: all but {', '.join(EXTRA)}"
     what("--methods", nargs="+", choices=METHODS, default=list(PAPER), metavar="M", help=text)
     text = "fractions of weights to remove; default: 0.9 0.95 0.98, or what the pattern means"
@@ -61,7 +84,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     text = "part of the updates that methods spend on the search for a ticket, before they train it; default: 0.5"
     budget("--search", type=between(0, 1), default=0.5, metavar="F", help=text)
     budget("--optimizer", choices=OPTIMIZERS, help="default: sgd, and adamw for char-transformer")
-    text = "learning rates that each method may choose from; default: three, by optimizer"
+    text = "learning rates that each method may choose from; default: the recipe's, or three, by optimizer"
     budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
     text = "those of methods without a penalty: with --choose-penalty, as many as others have of both; default: --rates"
     budget("--rates-without-penalty", nargs="+", type=above_zero, metavar="R", help=text)
@@ -152,12 +175,32 @@ def sparsities_of(
     return [implied]
 
 
-def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
+def parse(
+    description: str, argv: list[str] | None, *, added: str = "", error: Callable[[str], NoReturn] | None = None
+) -> argparse.Namespace:
+    """The options; ``added`` is the name of a recipe that is known already, ``error`` is called in place of an exit."""
     parser = make_parser(description)
+    parser.error = error or parser.error  # type: ignore[method-assign]
     options = parser.parse_args(argv)
+    if options.recipe:
+        try:
+            added = read_recipe(options.recipe)
+        except RecipeError as wrong:
+            parser.error(f"--recipe {wrong}")
+    if added:
+        if given := [name for name in ("data", "data_dir", "model", "pixels") if getattr(options, name)]:
+            parser.error(f"--recipe has model and data: leave out --{given[0].replace('_', '-')}")
+        chosen = options.optimizer or MODELS[added].optimizer
+        if options.weight_decay is not None and chosen.startswith("optimizer()"):
+            parser.error("--weight-decay: give it to the optimizer in optimizer() of the recipe")
+        options.data = options.model = added
+        options.data_dir = options.recipe
+        forget()
+    options.data, options.model = options.data or "digits", options.model or "lenet-300-100"
     recipe = MODELS[options.model]
     optimizer = OPTIMIZERS[options.optimizer or recipe.optimizer]
-    options.rates = sorted(set(options.rates or optimizer.rates))
+    own_rates = () if options.optimizer else recipe.rates
+    options.rates = sorted(set(options.rates or own_rates or optimizer.rates))
     options.rates_without_penalty = sorted(set(options.rates_without_penalty or options.rates))
     if options.weight_decay == optimizer.weight_decay:
         options.weight_decay = None  # or equal runs would count as different ones

@@ -16,9 +16,15 @@ class ProgressBar:
     """Runs that were made earlier shorten the bar and do not count for the speed."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet)
+        in_notebook = Console().is_jupyter and not quiet
+        self.console = Console(quiet=quiet, force_jupyter=False)
         columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=self.console)
+        self._bar = Progress(*columns, console=self.console, disable=in_notebook)
+        self._page: Any = None
+        if in_notebook:  # where rich's bar needs ipywidgets
+            from IPython.display import display
+
+            self._page = display({"text/html": ""}, raw=True, display_id=True)
         self._task = self._bar.add_task("")
         self._total = self._done = 0
         self._started = time.monotonic()
@@ -42,6 +48,9 @@ class ProgressBar:
     def advance(self, updates: int) -> None:
         self._done += updates
         self._bar.update(self._task, completed=self._done, total=self._total, description=self._left())
+        if self._page is not None:
+            bar = f'<progress value="{self._done}" max="{self._total}"></progress> {self._left()}'
+            self._page.update({"text/html": bar}, raw=True)
 
     def _left(self) -> str:
         if not self._done:

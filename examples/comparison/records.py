@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Records:
-    """The results by cell, and the file that they are kept in."""
+    """The results by cell, and the file that they are kept in, if any."""
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
+    def __init__(self, path: Path | None, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self.results: dict[Cell, dict[str, Any]] = {}
-        if not path.exists():
+        if path is None or not path.exists():
             return
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
@@ -40,7 +40,7 @@ class Records:
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
         """Keep a result; it is on the disk when this returns. Of several ranks only one writes."""
         self.results[cell] = result
-        if not self.writes:
+        if self.path is None or not self.writes:
             return
         with self.path.open("a+b") as file:
             if file.tell() and not _ends_line(file):

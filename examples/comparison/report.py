@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from scipy.stats import t as student
+
+from .colors import COLORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
+PAGE = 100  # letters in a line of a table
+TEXTS = {"method", "anneal"}  # columns that begin on the left
 BASELINES = ("scratch", "scratch-scaled", "scratch-short", "L1", "GMP", "LTH", "LTH-iter", "random-after-dense")
 
 
@@ -72,10 +76,40 @@ class Row:
         return estimate([self.runs[seed]["test"] - other.runs[seed]["test"] for seed in sorted(seeds)])
 
 
-class Report:
-    """Rows in the order of the cells, sparsity by sparsity."""
+def tables(*groups: list[dict[str, str]], keys: tuple[str, ...] = ("sparsity", "method")) -> str:
+    """Markdown tables of rows by title, one for each group, or more: no line is longer than a page is wide.
 
-    def __init__(self, results: dict[Cell, dict[str, Any]]) -> None:
+    >>> print(tables([{"sparsity": "90 %", "method": "RST", "rate": "0.1"}]))
+    | sparsity | method | rate |
+    | -------: | ------ | ---: |
+    |     90 % | RST    |  0.1 |
+    <BLANKLINE>
+    """
+    texts = []
+    for rows in filter(None, groups):
+        sizes = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
+        parts: list[list[str]] = []
+        for title in (title for title in sizes if title not in keys):
+            if not parts or sum(sizes[name] + 3 for name in (*keys, *parts[-1], title)) >= PAGE:
+                parts.append([])
+            parts[-1].append(title)
+        for part in parts:
+            titles = [*keys, *part]
+            left = {title for title in titles if title in TEXTS}
+            rule = {title: "-" * (sizes[title] - (title not in left)) + ":" * (title not in left) for title in titles}
+            lines = [
+                " | ".join(row[t].ljust(sizes[t]) if t in left else row[t].rjust(sizes[t]) for t in titles)
+                for row in ({title: title for title in titles}, rule, *rows)
+            ]
+            texts.append("".join(f"| {line} |\n" for line in lines))
+    return "\n".join(texts)
+
+
+class Report:
+    """Rows in the order of the cells, sparsity by sparsity. A notebook shows its tables."""
+
+    def __init__(self, results: dict[Cell, dict[str, Any]], subject: str = "") -> None:
+        self.subject = subject  # the network and the data, with their sizes
         groups: dict[tuple[float, str, str], dict[Cell, dict[str, Any]]] = defaultdict(dict)
         for cell, result in results.items():
             groups[cell.sparsity, cell.method, cell.variant][cell] = result
@@ -85,40 +119,46 @@ class Report:
                 row.label += f" ({row.cell.variant})" if row.cell.variant else ""
         self.dense = next((row for row in self.rows if row.cell.method == "dense"), None)
 
+    def __repr__(self) -> str:
+        return self.markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
+
     def baseline(self, row: Row, method: str) -> Row | None:
         return next((r for r in self.rows if r.cell.sparsity == row.cell.sparsity and r.cell.method == method), None)
 
+    @property
+    def knows_masked(self) -> bool:
+        """Whether runs say what was left just after the mask; those of earlier versions do not."""
+        return any(row.first.get("masked") is not None for row in self.rows)
+
     def markdown(self) -> str:
+        """Accuracies; differences, where there are any; and what the runs took."""
         baselines = [baseline for baseline in BASELINES if any(row.cell.method == baseline for row in self.rows)]
-        header = ["sparsity", "method", "just masked, %", "test accuracy, %"]
-        header += [f"− {baseline}" for baseline in baselines] + [
-            "updates: dense + sparse",
-            "training FLOPs",
-            "residual",
-            "rate",
-        ]
-        lines = [
-            "| " + " | ".join(header) + " |",
-            "|---:|---|---:|---:|" + "---:|" * len(baselines) + "---:|---:|---:|---:|",
-        ]
+        accuracies, differences, costs = [], [], []
         for row in self.rows:
-            differences = [row.minus(self.baseline(row, baseline)) for baseline in baselines]
-            flops = row.first["training_flops"]
+            key = {"sparsity": f"{100 * row.first['achieved_sparsity']:.4g} %", "method": row.label}
+            masked = "" if row.first.get("masked") is None else str(row.over_seeds("masked"))
             residual = "" if row.first["residual"] is None else f"{row.over_seeds('residual').mean:.2%}"
-            relative = f" ({flops / self.dense.first['training_flops']:.2f}×)" if self.dense else ""
-            cells = [
-                f"{100 * row.first['achieved_sparsity']:.4g} %",
-                row.label,
-                "" if row.first.get("masked") is None else str(row.over_seeds("masked")),
-                str(row.test),
-                *("" if difference is None else difference.signed for difference in differences),
-                f"{row.first['dense_updates']:,} + {row.first['sparse_updates']:,}",
-                f"{flops:.2e}{relative}",
-                residual,
-                f"{row.cell.rate:g}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+            accuracies.append(
+                {
+                    **key,
+                    **({"just masked, %": masked} if self.knows_masked else {}),
+                    "test accuracy, %": str(row.test),
+                    "residual": residual,
+                    "rate": f"{row.cell.rate:g}",
+                }
+            )
+            minus = {baseline: row.minus(self.baseline(row, baseline)) for baseline in baselines}
+            if any(minus.values()):
+                differences.append({**key, **{f"− {name}": e.signed if e else "" for name, e in minus.items()}})
+            flops = row.first["training_flops"]
+            dense = self.dense.first["training_flops"] if self.dense else 0
+            updates = f"{row.first['dense_updates']:,} + {row.first['sparse_updates']:,}"
+            relative = f" ({flops / dense:.2f}×)" if dense else ""
+            costs.append({**key, "updates: dense + sparse": updates, "training FLOPs": f"{flops:.2e}{relative}"})
+        return tables(accuracies, differences, costs)
 
     def write_csv(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -149,24 +189,28 @@ class Report:
         axes = figure.subplots()
         sparse = [row for row in self.rows if row is not self.dense]
         sparsities = sorted({row.cell.sparsity for row in sparse})
-        labels = list(dict.fromkeys(row.label for row in sparse))
-        for index, label in enumerate(labels):
-            rows = [row for row in sparse if row.label == label and not row.diverged]
-            shift = 0.7 * ((index + 0.5) / len(labels) - 0.5)  # side by side: error bars must not hide one another
+        variants = Counter((row.cell.sparsity, row.cell.method) for row in sparse)
+        several = {method for (_, method), count in variants.items() if count > 1}
+        curves: dict[str, list[Row]] = {}
+        for row in sparse:  # of a method that has one row at each sparsity, the rows belong together
+            curves.setdefault(row.label if row.cell.method in several else row.cell.method, []).append(row)
+        for index, (label, rows) in enumerate(curves.items()):
+            shift = 0.7 * ((index + 0.5) / len(curves) - 0.5)  # side by side: error bars must not hide one another
+            finished = [row for row in rows if not row.diverged]
             axes.errorbar(
-                [sparsities.index(row.cell.sparsity) + shift for row in rows],
-                [row.test.mean for row in rows],
-                [row.test.half or 0.0 for row in rows],
-                label=label if rows else f"{label}: diverged",
+                [sparsities.index(row.cell.sparsity) + shift for row in finished],
+                [row.test.mean for row in finished],
+                [row.test.half or 0.0 for row in finished],
+                label=label if finished else f"{label}: diverged",
                 marker="os^vDPX*<>hpd"[index % 13],
-                color=f"C{index % 10}",
+                color=COLORS[rows[0].cell.method],
                 linestyle="none",
                 capsize=3,
             )
         if self.dense:
             mean, half = self.dense.test.mean, self.dense.test.half or 0.0
-            axes.axhline(mean, color="0.4", linewidth=1, label="dense")
-            axes.axhspan(mean - half, mean + half, color="0.4", alpha=0.15, linewidth=0)
+            axes.axhline(mean, color=COLORS["dense"], linewidth=1, label="dense")
+            axes.axhspan(mean - half, mean + half, color=COLORS["dense"], alpha=0.15, linewidth=0)
         for border in range(len(sparsities) - 1):
             axes.axvline(border + 0.5, color="0.85", linewidth=1)
         bottom, top = axes.get_ylim()
@@ -177,9 +221,8 @@ class Report:
         axes.set_ylabel("test accuracy, %")
         axes.grid(axis="y", alpha=0.3)
         cell, seeds = self.rows[0].cell, len(self.rows[0].runs)
-        intervals = f"mean and 95 % interval of {seeds} seeds" if seeds > 1 else "one seed"
-        axes.set_title(
-            f"{cell.model} on {cell.data}, {cell.updates:,} updates for every method: {intervals}", fontsize=10
-        )
+        spread = f"mean and 95 % interval of {seeds} seeds" if seeds > 1 else "one seed"
+        budget = f"budget: {cell.updates:,} updates of batch {cell.batch}; {spread}"
+        axes.set_title(f"{self.subject or f'{cell.model} on {cell.data}'}\n{budget}", fontsize=10, loc="left")
         figure.legend(loc="outside right center")
         figure.savefig(path, dpi=130)

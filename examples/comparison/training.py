@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from .data import DATA, Images, Text, accuracy
+from .data import DATA, Tensors, Text, accuracy
 from .flops import FlopCount
 from .methods import METHODS
 from .models import MODELS, OPTIMIZERS
+from .recipe import read_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -39,15 +40,23 @@ _ends: dict[tuple[Any, ...], dict[str, Any]] = {}  # the one that was used last 
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) -> Images | Text:
+def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) -> Tensors | Text:
+    if name not in DATA:  # a recipe, in a process that has not read it yet
+        read_recipe(folder)
     data = DATA[name](folder)
     return (data.averaged(pixels) if pixels else data).to(device)
+
+
+def forget() -> None:
+    """Read and train anew what an earlier recipe of the same name has left in memory."""
+    load.cache_clear()
+    _ends.clear()
 
 
 class Job:
     """What a method works on: a model, its budget, and the loop."""
 
-    def __init__(self, cell: Cell, data: Images | Text, device: torch.device, advance: Callable[[int], None]) -> None:
+    def __init__(self, cell: Cell, data: Tensors | Text, device: torch.device, advance: Callable[[int], None]) -> None:
         torch.manual_seed(cell.seed)
         self.cell, self.data, self.device, self.advance = cell, data, device, advance
         self.recipe = MODELS[cell.model]
@@ -143,9 +152,15 @@ class Job:
         if is_plain:
             self._remember(key)
 
+    @property
+    def _random(self) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+        """How the states of torch's generators are read and put back: a recipe's dropout draws from them."""
+        cuda = [(torch.cuda.get_rng_state, torch.cuda.set_rng_state)] if self.device.type == "cuda" else []
+        return [(torch.get_rng_state, torch.set_rng_state), *cuda]
+
     def _remember(self, key: tuple[Any, ...]) -> None:
         end = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        _ends[key] = copy.deepcopy(end) | {"random": torch.get_rng_state()}
+        _ends[key] = copy.deepcopy(end) | {"random": [draw() for draw, _ in self._random]}
         while len(_ends) > REMEMBERED:
             del _ends[next(iter(_ends))]
 
@@ -156,9 +171,10 @@ class Job:
         end = _ends[key] = _ends.pop(key)
         self.model.load_state_dict(end["model"])
         self._optimizer.load_state_dict(copy.deepcopy(end["optimizer"]))  # which else would share its tensors
-        torch.set_rng_state(end["random"])
         for _ in range(updates):
             next(self._batches)
+        for (_, put), state in zip(self._random, end["random"], strict=True):
+            put(state)
         self.advance(updates)
         return True
 
@@ -194,6 +210,11 @@ def run_cell(
     """Train and measure; the test set is looked at once, after the last update, and not at all in tuning runs."""
     started = time.perf_counter()
     data = load(cell.data, folder, device, cell.pixels)
+    if cell.data == cell.model and cell.contents != data.checksum:
+        raise RuntimeError(
+            f"{cell.data} is not what it was when the comparison began: it was edited, or data() draws anew in every"
+            " process. Draw with a seed, and start again."
+        )
     job = Job(cell, data, device, advance)
     METHODS[cell.method](job)
     assert job.left == 0

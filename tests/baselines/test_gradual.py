@@ -205,6 +205,20 @@ def test_states_of_others_are_refused():
         pruning.set_masks(dict(pruning.masks))
 
 
+@pytest.mark.parametrize(("max_penalty", "other"), [(4.0, 0.0), (0.0, 4.0)])
+def test_a_state_of_the_other_kind_is_refused_until_it_is_finalized(max_penalty, other):
+    model, pruning = make(mlp), GradualPruning(make(mlp), 0.8, 10, max_penalty=other)
+    saved = GradualPruning(model, 0.8, 10, max_penalty=max_penalty)
+    before = (pruning.phase, repr(pruning))
+    with pytest.raises(ValueError, match=f"max_penalty is {'positive' if other else '0,'}.*in the state it is"):
+        pruning.load_state_dict(saved.state_dict())
+    assert (pruning.phase, repr(pruning)) == before
+    train(model, saved, 10)
+    saved.finalize()
+    pruning.load_state_dict(saved.state_dict())
+    assert (pruning.phase, pruning.sparsity) == ("finetune", saved.sparsity)
+
+
 @pytest.mark.parametrize("max_penalty", [4.0, 0.0])
 def test_an_early_end_warns_and_has_the_final_sparsity(max_penalty):
     model = make(mlp)

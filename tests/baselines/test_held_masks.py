@@ -464,3 +464,11 @@ def test_summary_and_history():
     assert history.records[0].sparsity > 0.4
     assert history.records[-1].sparsity == held.sparsity > 0.7
     assert (held.phase, held.penalty, history.records[-1].residual) == ("finetune", 0.0, 0.0)
+
+
+def test_it_says_what_is_held():
+    model = make(mlp)
+    held = random_ticket(model, 0.75, exclude=["4"])
+    assert repr(held) == "HeldMasks(2 layers at 75.00% sparsity)"
+    assert "HeldMasks(2 layers at 75.00% sparsity)</p>" in held._repr_html_()
+    assert held._repr_html_().count("75.00 %") == 3  # both layers, and together

@@ -407,6 +407,12 @@ def test_a_best_checkpoint_from_before_finalize_is_noticed(stage, tmp_path):
         ({"seed": "a"}, TypeError, "seed must be an integer, got 'a'"),
         ({"updates": 100}, ValueError, "give finalize_at in place of updates"),
         ({"schedule": "quadratik"}, ValueError, "did you mean 'quadratic'"),
+        ({"exclude": "head"}, TypeError, r"exclude is a sequence of name patterns.*got 'head'"),
+        ({"exclude": [1]}, TypeError, "exclude is a sequence of name patterns"),
+        ({"targets": torch.nn.Linear}, TypeError, "targets"),
+        ({"targets": ["Linear"]}, TypeError, "got 'Linear' among them"),
+        ({"optimizer": [torch.nn.Linear(2, 2)]}, TypeError, r"optimizer must be a torch\.optim\.Optimizer, got list"),
+        ({"masks": [torch.ones(2)]}, TypeError, "masks is a mapping"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(settings, error, message):

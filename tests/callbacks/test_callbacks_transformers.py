@@ -326,6 +326,8 @@ def test_bad_arguments_are_refused_at_construction():
         RSTCallback(sparcity=0.9)
     with pytest.raises(ValueError, match="and steps=10 both say"):
         RSTCallback(finalize_at=0.5, steps=10)
+    with pytest.raises(TypeError, match="exclude is a sequence of name patterns"):
+        RSTCallback(exclude="classifier")
 
 
 def test_restoring_settings_that_json_cannot_hold_is_refused(tmp_path):

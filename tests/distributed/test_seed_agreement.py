@@ -12,8 +12,9 @@ from models import make
 from ranks import everywhere, on_two_ranks
 from torch import distributed as dist
 from torch import nn
+from torch.nn.utils import prune
 
-from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket import RandomUnstructured, RSTScheduler, random_unstructured
 from torch_dual_ticket._model.targets import find_targets
 from torch_dual_ticket._rst.ranks import agree_on_seed
 from torch_dual_ticket.baselines import random_ticket
@@ -135,6 +136,22 @@ def test_the_seed_is_gathered_on_the_models_device(monkeypatch, devices, expecte
     assert agree_on_seed(5, plan, model) == 5
     assert used == [expected]
     assert current == ["cuda:0"]
+
+
+@on_two_ranks
+def test_stock_masks_without_a_seed_are_warned_of():
+    """They may differ, but to agree would need a collective call, which torch's own method is not."""
+    torch.manual_seed(dist.get_rank())
+    with pytest.warns(UserWarning, match=r"each of the 2 ranks draws this mask.*the same seed=") as found:
+        alone = random_unstructured(nn.Linear(20, 20), "weight", 0.5)
+    assert found[0].filename == __file__
+    ours, theirs = everywhere(alone.weight_mask)
+    assert not torch.equal(ours, theirs)
+    layers = [random_unstructured(nn.Linear(20, 20), "weight", 0.5, seed=4), nn.Linear(20, 20)]
+    prune.global_unstructured([(layers[1], "weight")], RandomUnstructured, amount=0.5, seed=4)
+    for layer in layers:
+        ours, theirs = everywhere(layer.weight_mask)
+        assert torch.equal(ours, theirs)
 
 
 def test_a_torch_that_was_built_without_processes(monkeypatch):

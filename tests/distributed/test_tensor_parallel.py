@@ -1,6 +1,8 @@
 """DTensor parameters: tensor parallelism alone and under FSDP2, and replicas whose gradients are partial sums."""
 
+import gc
 import warnings
+from types import FunctionType, ModuleType
 from unittest import mock
 
 import pytest
@@ -12,6 +14,7 @@ from ranks import everywhere, needs_fsdp2, on_four_ranks, on_two_ranks
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket._engine import optimizer_hooks
 from torch_dual_ticket._tensors.dtensor import local_offset
 from torch_dual_ticket.masks.seeded import SeededMask
 
@@ -217,3 +220,48 @@ def test_shards_of_shards_begin_where_they_are_said_to():
             for d, offset in enumerate(local_offset(layer.weight)):
                 expected = expected.narrow(d, offset, mine.shape[d])
             assert torch.equal(mine, expected), f"rows {rows}, dim {dim}: not {mine} but {expected}"
+
+
+def sharded_things_of_ours() -> set[str]:
+    """How objects of the package reach a mesh, a process group or a shard other than through the model."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    stack = [(thing, type(thing).__qualname__) for thing in gc.get_objects() if is_ours(type(thing))]
+    found, seen = set(), set()
+    while stack:
+        thing, path = stack.pop()
+        if isinstance(thing, (DTensor, DeviceMesh, dist.ProcessGroup)):
+            found.add(f"{path} -> {type(thing).__name__}")
+        elif id(thing) not in seen and not isinstance(thing, (nn.Module, torch.optim.Optimizer, type, FunctionType)):
+            seen.add(id(thing))
+            into = [thing for thing in gc.get_referents(thing) if not isinstance(thing, ModuleType)]
+            stack += [(other, path if isinstance(other, dict) else f"{path}.{type(other).__name__}") for other in into]
+    return found
+
+
+def is_ours(kind: type) -> bool:
+    return str(kind.__module__).startswith("torch_dual_ticket")
+
+
+@pytest.mark.parametrize("finalized", [False, True])
+@on_two_ranks
+def test_at_the_end_of_the_process_nothing_refers_to_a_mesh_or_a_shard(finalized):
+    """What is torn down then must not outlive the process group."""
+    model = parallelize(make(mlp), mesh(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rst = RSTScheduler(model, sparsity=0.6, steps=20, seed=3)
+    for update in range(4):
+        if update == 2 and finalized:
+            finalize_quietly(rst)
+        optimizer.zero_grad()
+        full_loss(model, update, 0).backward()
+        optimizer.step()
+        rst.step()
+    assert sharded_things_of_ours()  # in training: so it is seen where something is
+    optimizer_hooks._drop_tensors()
+    assert sharded_things_of_ours() == set()
+    assert rst.residual() < 1.0  # nothing is broken by that
+    optimizer.step()
+    if finalized:
+        assert_zero(model, rst.masks)

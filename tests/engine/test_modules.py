@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from torch_dual_ticket import RSTScheduler
-from torch_dual_ticket._engine import ticket
+from torch_dual_ticket._engine import enforcement
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(7, 5), (4, 7)),
@@ -219,7 +219,7 @@ def test_a_weight_with_several_places_is_worked_on_once_an_update(build, monkeyp
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rst = RSTScheduler(model, 0.5, steps=1, targets=(nn.Linear, nn.Embedding))
     worked_on = []
-    clear, clear_all = ticket.clear_, ticket.clear_all_
+    clear, clear_all = enforcement.clear_, enforcement.clear_all_
 
     def counted(pieces):
         pieces = list(pieces)
@@ -230,8 +230,8 @@ def test_a_weight_with_several_places_is_worked_on_once_an_update(build, monkeyp
         worked_on.extend(tensors)
         clear_all(tensors, masks)
 
-    monkeypatch.setattr(ticket, "clear_", counted)
-    monkeypatch.setattr(ticket, "clear_all_", all_counted)
+    monkeypatch.setattr(enforcement, "clear_", counted)
+    monkeypatch.setattr(enforcement, "clear_all_", all_counted)
 
     def update():
         optimizer.zero_grad()

@@ -110,6 +110,27 @@ def test_a_forward_in_the_other_mode_computes_with_zeros(write):
     assert_has_zeros(dict(model.named_parameters()), rst.masks)
 
 
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("clean", ["the other mode", "state_dict", "apply_masks"])
+def test_what_is_written_through_data_into_a_model_in_eval_mode_counts_until_it_is_looked_at(write, clean):
+    """To see it at each forward would be to read all weights each time."""
+    model, rst, _ = finalized()
+    model.eval()
+    x, _ = batch(0, SHAPE)
+    model(x)
+    write(model)
+    model(x)
+    assert any((model.get_parameter(name)[~kept] != 0).any() for name, kept in rst.masks.items())
+    if clean == "the other mode":
+        model.train()
+        model(x)
+    elif clean == "state_dict":
+        model.state_dict()
+    else:
+        rst.apply_masks(model)
+    assert_has_zeros(dict(model.named_parameters()), rst.masks)
+
+
 def test_held_masks():
     model = make(mlp)
     held = random_ticket(model, 0.7, seed=0)

@@ -8,9 +8,11 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ import search_transformation
 import torch
 from comparison import engines, methods, training
 from comparison.cells import Cell
+from comparison.colors import COLORS
 from comparison.data import DATA, Images, Text, accuracy, cifar10, crop_and_flip, fashion_mnist, read_idx
 from comparison.flops import FlopCount
 from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALIZED, SEARCHES, WITH_PATTERN, with_its_own
@@ -30,6 +33,7 @@ from comparison.options import make_parser, parse
 from comparison.records import Records
 from comparison.report import Report
 from comparison.training import share_of_rate
+from matplotlib.figure import Figure
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -68,6 +72,19 @@ def run_command(out, *arguments):
     options = ["--updates", "40", "--seeds", "2", "--sparsity", "0.8", "--rates", "0.1", "--out", str(out)]
     compare_tickets.main([*options, *map(str, arguments)])
     return (out / "table.md").read_text().partition("\n\n")[2].partition("- Budget")[2]  # without the command
+
+
+def rows_of(text):
+    """The rows of tables by title; what was split is one row again."""
+    rows = {}
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        titles, _, *lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        seen = Counter()
+        for line in lines:
+            key = tuple(line[:2])
+            seen[key] += 1
+            rows.setdefault((*key, seen[key]), {}).update(zip(titles, line, strict=True))
+    return list(rows.values())
 
 
 # ---------------------------------------------------------------------- methods
@@ -780,7 +797,7 @@ def test_learning_rates_are_chosen_on_validation_data_with_separate_seeds(tmp_pa
 def test_several_penalties_make_a_row_each(tmp_path):
     arguments = ("--methods", "scratch", "RST", "--schedules", "linear", "cubic", "--max-penalties", "1", "10")
     table = run_command(tmp_path, *arguments)
-    labels = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| 80 %")]
+    labels = [row["method"] for row in rows_of(table) if row["sparsity"] == "80 %"]
     variants = ["linear, λ≤1", "linear, λ≤10", "cubic, λ≤1", "cubic, λ≤10"]
     assert labels == ["scratch", *(f"RST ({variant})" for variant in variants)]
 
@@ -788,7 +805,7 @@ def test_several_penalties_make_a_row_each(tmp_path):
 def test_a_penalty_is_chosen_with_the_learning_rate_on_validation_data(tmp_path):
     arguments = ("--methods", "L1", "RST", "L1-RST", "--max-penalties", "0.1", "50", "--choose-penalty")
     table = run_command(tmp_path, *arguments, "--rates", "0.01", "0.1")
-    labels = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| 80 %")]
+    labels = [row["method"] for row in rows_of(table) if row["sparsity"] == "80 %"]
     assert [label.partition(" ")[0] for label in labels] == ["L1", "RST", "L1-RST"]
     records = Records(tmp_path / "records.jsonl").results
     for method in ("RST", "L1-RST"):
@@ -806,7 +823,8 @@ def test_methods_without_a_penalty_may_try_as_many_rates_as_others_have_rates_an
     arguments = ("--methods", "L1", "RST", "--max-penalties", "0.1", "1", "--choose-penalty", "--seeds", "1")
     rates = ("--rates", "0.01", "0.1", "--rates-without-penalty", "0.01", "0.03", "0.1", "0.2")
     table = run_command(tmp_path, *arguments, *rates)
-    assert "2 learning rates (0.01, 0.1), without a penalty 4 (0.01, 0.03, 0.1, 0.2), tried with 1 separate" in table
+    text = "rates 0.01, 0.1 (methods without a penalty: 0.01, 0.03, 0.1, 0.2), tried with 1 separate seed on"
+    assert text in " ".join(table.split())
     tried = [cell for cell in Records(tmp_path / "records.jsonl").results if cell.tuning]
     assert sorted(cell.rate for cell in tried if cell.method == "L1") == [0.01, 0.03, 0.1, 0.2]
     assert sorted((cell.rate, cell.max_penalty) for cell in tried if cell.method == "RST") == [
@@ -835,16 +853,16 @@ def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys)
     # scratch; L1 by search and fall of the rate; RST by these and the penalty; each by rate and seed.
     assert len(records) == (1 + 2 * 2 + 2 * 2 * 2) * 2 * 2
     assert all(cell.tuning and cell.seed >= 1000 and result["test"] is None for cell, result in records.items())
-    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| 80 %")]
+    rows = rows_of((tmp_path / "table.md").read_text())
     assert len(rows) == 1 + 4 + 8
-    scratch = next(row for row in rows if row[1] == "scratch")
+    scratch = next(row for row in rows if row["method"] == "scratch")
     means = {
         rate: sum(r["validation"] for c, r in records.items() if (c.method, c.rate) == ("scratch", rate)) / 2
         for rate in (0.05, 0.1)
     }
     best = max(means, key=means.get)
-    assert scratch[7] == f"{best:g}"
-    assert scratch[-1].startswith(f"{means[best]:.2f}")
+    assert scratch["validation, %"].startswith(f"{means[best]:.2f}")
+    assert scratch.get("rate", f"{best:g}") == f"{best:g}"
     written = (tmp_path / "table.md").read_text()
     monkeypatch.setattr(training, "run_cell", None)
     search_transformation.main()  # nothing is missing
@@ -858,10 +876,9 @@ def test_a_search_asks_what_else_may_matter(tmp_path, monkeypatch, capsys):
         fixed += ["GMP", "RST", "--searches", "0.5", "--rates", "0.001", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["search_transformation.py", *fixed, "--schedules", "linear", *arguments])
         search_transformation.main()
-        lines = (tmp_path / "table.md").read_text().splitlines()[2:]
-        assert len({line.count("|") for line in lines}) == 1
-        texts = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
-        return [dict(zip(texts[0], row, strict=True)) for row in texts[2:]]
+        text = (tmp_path / "table.md").read_text()
+        assert max(len(line) for line in text.splitlines()[2:]) <= 100
+        return rows_of(text)
 
     def column(rows, method, name):
         return sorted(row[name] for row in rows if row["method"] == method)
@@ -890,31 +907,19 @@ def test_a_comparison_says_what_is_not_usual(tmp_path):
     table = run_command(tmp_path, *arguments)
     assert "Optimizer: adamw. BatchNorm after a mask: statistics on 2 training batches" in table
     assert "GMP prunes 20 times, after the first 50% of the search" in table
-    assert "last stretch of training, and of the one before it" in table
+    assert "last stretch of training, and of the one before it" in " ".join(table.split())
     for cell in Records(tmp_path / "records.jsonl").results:
         assert (cell.optimizer, cell.recalibrate, cell.delay) == ("adamw", 2, 0.5 if cell.method in DELAYED else 0)
     arguments = ["--methods", "L1", "RST", "--pattern", "2:4", "--seeds", "1", "--rates", "0.1", "--updates", "40"]
     compare_tickets.main([*arguments, "--out", str(tmp_path)])
     table = (tmp_path / "table.md").read_text()
     assert "that are pruned, 2:4 along the input dimension" in table
-    assert [line[:6] for line in table.splitlines() if line.startswith("| 50 %")] == ["| 50 %"] * 2
-    arguments = [
-        "--methods",
-        "L1",
-        "GMP",
-        "--pattern",
-        "filter",
-        "--sparsity",
-        "0.25",
-        "--seeds",
-        "1",
-        "--rates",
-        "0.1",
-    ]
-    compare_tickets.main([*arguments, "--updates", "40", "--out", str(tmp_path)])
+    assert [row["sparsity"] for row in rows_of(table)] == ["50 %"] * 2
+    arguments = ["--methods", "L1", "GMP", "--pattern", "filter", "--seeds", "1", "--rates", "0.1", "--updates", "40"]
+    compare_tickets.main([*arguments, "--sparsity", "0.25", "--out", str(tmp_path)])
     table = (tmp_path / "table.md").read_text()
-    assert "that are pruned, whole filters" in table
-    assert [line[:6] for line in table.splitlines() if line.startswith("| 25 %")] == ["| 25 %"] * 2
+    assert "that are pruned, whole filters" in " ".join(table.split())
+    assert [row["sparsity"] for row in rows_of(table)] == ["25 %"] * 2
 
 
 def test_records_from_before_the_newer_fields_are_still_known():
@@ -949,14 +954,16 @@ def test_means_intervals_and_paired_differences_are_those_computed_explicitly(tm
         for seed, test in enumerate(values)
     }
     report = Report(results)
-    cells = {line.split(" | ")[1]: line.split(" | ") for line in report.markdown().splitlines()[2:]}
+    assert max(map(len, report.markdown().splitlines())) <= 100
+    cells = {row["method"]: row for row in rows_of(report.markdown())}
     # Student's t for 2 degrees of freedom is 4.3027; the differences of RST from scratch are 4, 4 and 7.
-    assert cells["dense"][3] == f"92.00 ± {4.3027 * 2 / math.sqrt(3):.2f}"
-    assert cells["RST"][2].startswith("80.00 ± ")
-    assert cells["RST"][4] == f"+5.00 ± {4.3027 * math.sqrt(3) / math.sqrt(3):.2f}"
-    assert cells["scratch"][5].startswith("−2.00 ± ")
-    assert cells["scratch"][4] == cells["dense"][4] == cells["dense"][2] == ""
-    assert cells["RST"][8] == "25.00%"
+    assert cells["dense"]["test accuracy, %"] == f"92.00 ± {4.3027 * 2 / math.sqrt(3):.2f}"
+    assert cells["RST"]["just masked, %"].startswith("80.00 ± ")
+    assert cells["RST"]["− scratch"] == f"+5.00 ± {4.3027 * math.sqrt(3) / math.sqrt(3):.2f}"
+    assert cells["scratch"]["− LTH"].startswith("−2.00 ± ")
+    assert cells["scratch"]["− scratch"] == cells["dense"]["just masked, %"] == ""
+    assert "− scratch" not in cells["dense"]
+    assert cells["RST"]["residual"] == "25.00%"
 
     report.write_csv(tmp_path / "table.csv")
     header, *rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()]
@@ -966,17 +973,36 @@ def test_means_intervals_and_paired_differences_are_those_computed_explicitly(tm
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_method_has_its_own_color_in_all_pictures():
+    assert COLORS.keys() == METHODS.keys()
+    assert len(set(COLORS.values())) == len(COLORS)
+
+
+def test_rows_whose_penalty_was_chosen_are_one_curve(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    common = {"residual": 0.1, "dense_updates": 20, "sparse_updates": 20, "training_flops": 5e9, "achieved_sparsity": 0}
+    rows = [("L1", 0.8, 0), ("L1", 0.9, 0), ("RST", 0.8, 1), ("RST", 0.9, 3)]
+    chosen = {cell(m, sparsity=s, max_penalty=c): {**common, "test": 90.0} for m, s, c in rows}
+    compared = {cell("RST", sparsity=0.8, max_penalty=10): {**common, "test": 90.0}}
+    for results, labels in ((chosen, ["L1", "RST"]), (chosen | compared, ["L1", *["RST (linear, λ≤{})"] * 3])):
+        Report(results, "LeNet on digits").draw(tmp_path / "picture.png")
+        handles, names = figures[-1].axes[0].get_legend_handles_labels()
+        assert [re.sub(r"\d+", "{}", name) if "λ" in name else name for name in names] == labels
+        assert [handle[0].get_color() for handle in handles] == [COLORS[name.split(" ")[0]] for name in names]
+    assert figures[0].axes[0].get_title(loc="left") == "LeNet on digits\nbudget: 40 updates of batch 16; one seed"
+
+
 def test_a_run_that_diverged_is_reported(tmp_path):
     table = run_command(tmp_path, "--methods", "RST", "--max-penalties", "1000", "--data", "digits")
-    [row] = [line for line in table.splitlines() if line.startswith("| 80 %")]
-    assert " nan% " in row
+    [row] = rows_of(table)
+    assert row["residual"] == "nan%"
     assert (tmp_path / "picture.png").stat().st_size > 0
 
 
 def test_a_single_seed_has_no_interval(tmp_path):
     table = run_command(tmp_path, "--methods", "scratch", "--seeds", "1")
-    row = next(line for line in table.splitlines() if line.startswith("| 80 %"))
-    assert "±" not in row
+    assert "±" not in rows_of(table)[0]["test accuracy, %"]
 
 
 # ---------------------------------------------------------------------- engines and the command

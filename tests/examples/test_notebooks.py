@@ -1,5 +1,6 @@
 """The notebooks run, with fewer updates, and readers find in them what comes out: tables, pictures, no errors."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,17 @@ def test_notebook_runs(name, monkeypatch, tmp_path):
     stored, stored_kinds = outputs_of(nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4))
     assert stored_kinds == kinds
     assert [output for output in stored if output.output_type == "error" or output.get("name") == "stderr"] == []
+
+
+def test_a_comparison_in_a_notebook_shows_a_bar_and_tables(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    recipe, call = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "compare.md").read_text("utf-8"), re.DOTALL)
+    call = call.replace('"updates": 300', '"updates": 20, "seeds": 1, "cycles": 1').replace(
+        'report.draw("mine.png")', ""
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (recipe, call)])
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    bar, *lines, tables = notebook.cells[1].outputs
+    assert '<progress value="60" max="60">' in bar["data"]["text/html"]
+    assert {line["name"] for line in lines} == {"stdout"}
+    assert tables["data"]["text/markdown"].startswith("| sparsity | method")

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket._engine.enforcement import Enforcement
 from torch_dual_ticket.baselines import random_ticket
 from torch_dual_ticket.kept import KeptParameters, kept_allreduce_hook
 
@@ -337,7 +338,7 @@ def test_sharded_weights_are_refused():
     held = random_ticket(fully_shard(model), 0.6, seed=1)
     with pytest.raises(RuntimeError, match=r"0\.weight is a DTensor.*FSDP2 and tensor parallelism"):
         KeptParameters(held)
-    assert held._ticket.kept is None
+    assert type(held._ticket.enforcement) is Enforcement
     model = make(uneven_mlp)
     optimizer = adamw(KeptParameters(random_ticket(model, 0.6, seed=1)).parameters())
     fully_shard(model)

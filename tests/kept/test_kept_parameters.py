@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, prune
 
 from torch_dual_ticket import RSTScheduler, release
+from torch_dual_ticket._engine.enforcement import Enforcement
 from torch_dual_ticket.baselines import hold, random_ticket
 from torch_dual_ticket.kept import KeptParameters
 from torch_dual_ticket.kept.gradient import KeptGradient
-from torch_dual_ticket.kept.values import KeptValues
 from torch_dual_ticket.kept.weight import KeptWeight
 
 OPTIMIZERS = {
@@ -65,12 +65,12 @@ class Training:
             self.optimizer.step()
 
 
-def both(optimizer, live, **settings):
+def both(optimizer, live, tolerance=1e-12, **settings):
     """The same life with all weights and with the kept ones ends with the same model."""
     dense, kept = Training(optimizer, kept=False, **settings), Training(optimizer, kept=True, **settings)
     live(dense)
     live(kept)
-    assert_same(kept.model, dense.model)
+    assert_same(kept.model, dense.model, tolerance)
     for name, mask in kept.held.masks.items():
         assert not kept.model.get_parameter(name)[~mask].any(), name
     assert any(parameter.dim() == 1 and parameter.numel() > 20 for parameter in kept.parameters())
@@ -80,7 +80,8 @@ def both(optimizer, live, **settings):
 @pytest.mark.parametrize("build", [mlp, wide, cnn, transformer])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name, build):
-    both(OPTIMIZERS[name], lambda training: training.updates(*range(6)), build=build)
+    # A bias before BatchNorm has rounding errors for gradients, and Adam makes them larger.
+    both(OPTIMIZERS[name], lambda training: training.updates(*range(6)), 1e-9 if build is cnn else 1e-12, build=build)
 
 
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW fused"])
@@ -524,13 +525,19 @@ def test_a_second_one():
         KeptParameters(training.held)
 
 
-@pytest.mark.parametrize("at", ["connect", "gather_gradients"])
+@pytest.mark.parametrize("at", ["connect", "take_gradient"])
 def test_an_interrupted_construction(monkeypatch, at):
     training = Training(MOMENTUM, kept=False)
     training.backward(0)
     before = [parameter.grad.clone() for parameter in training.model.parameters()]
+    method, calls = getattr(KeptWeight, at), []
+
+    def second_is_interrupted(self, parameter):
+        calls.append(self)
+        return interrupted() if len(calls) == 2 else method(self, parameter)
+
     with monkeypatch.context() as patched:
-        patched.setattr(KeptValues, at, interrupted)
+        patched.setattr(KeptWeight, at, second_is_interrupted)
         with pytest.raises(KeyboardInterrupt):
             KeptParameters(training.held)
     assert all(map(torch.equal, before, (parameter.grad for parameter in training.model.parameters())))
@@ -585,8 +592,9 @@ def test_optimizers_that_look_at_shapes():
     with pytest.raises(RuntimeError, match=r"Adafactor looks at the shape of a weight.*such as AdamW"):
         training.optimizer.step()
     assert not training.optimizer.state
-    with pytest.raises(ValueError, match="Muon only supports 2D parameters"):  # torch says so itself
-        torch.optim.Muon(training.parameters())
+    if hasattr(torch.optim, "Muon"):  # of torch 2.9 and newer
+        with pytest.raises(ValueError, match="Muon only supports 2D parameters"):  # torch says so itself
+            torch.optim.Muon(training.parameters())
 
 
 def test_masks_that_change():
@@ -608,7 +616,7 @@ def test_a_weight_with_gaps_in_memory():
     held = random_ticket(model, 0.6, seed=1)
     with pytest.raises(RuntimeError, match=r"0\.weight has gaps in its memory .*contiguous"):
         KeptParameters(held)
-    assert held._ticket.kept is None
+    assert type(held._ticket.enforcement) is Enforcement
 
 
 def test_stock_pruning_takes_a_layer():

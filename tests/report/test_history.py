@@ -72,7 +72,8 @@ def test_the_numbers_are_those_of_the_model():
     assert steps(history) == [(step, "transform") for step in range(1, 7)]
     for record, (penalty, (masked, kept), (masked_2, kept_2)) in zip(history.records, expected, strict=True):
         assert record.penalty == penalty
-        assert record.sparsity == loop.rst.sparsity
+        assert record.report.total.sparsity == loop.rst.sparsity
+        assert record.sparsity == 0.0  # the model is dense
         assert record.residual == pytest.approx(masked / math.hypot(masked, kept), rel=1e-12)
         assert record.report.total.masked_norm == pytest.approx(masked, rel=1e-12)
         assert record.report.total.kept_norm == pytest.approx(kept, rel=1e-9)
@@ -117,8 +118,10 @@ def test_cycles_record_growing_sparsities():
     loop = Loop(make(mlp), steps=3, hold=1, cycles=3, sparsity=0.875)
     history = History(loop.rst, every=1)
     loop.run(14, history, finalize_at=12)
-    sparsities = [record.sparsity for record in history.records]
+    sparsities = [record.report.total.sparsity for record in history.records]
     assert sparsities == pytest.approx([0.5] * 3 + [0.75] * 4 + [0.875] * 8, abs=1e-3)
+    assert [round(record.sparsity, 3) for record in history.records if record.sparsity] == [0.875] * 3
+    assert history.records[-1].sparsity == loop.rst.sparsity
 
 
 def test_detached_layers_are_not_recorded():
@@ -312,7 +315,7 @@ def test_each_record_is_logged_once():
     assert [line for line in first if line[2] == 2] == [
         ("rst/penalty", record.penalty, 2),
         ("rst/residual", record.residual, 2),
-        ("rst/sparsity", record.sparsity, 2),
+        ("rst/sparsity", 0.0, 2),
         ("rst/masked_norm", record.report.total.masked_norm, 2),
         ("rst/kept_norm", record.report.total.kept_norm, 2),
         ("rst_residual/0.weight", record.report.layers[0].residual, 2),

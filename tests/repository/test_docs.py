@@ -11,7 +11,7 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-ONE_SESSION = {"chosen-masks.md", "kept.md"}  # whose sections go on from those above
+ONE_SESSION = {"chosen-masks.md", "compare.md", "kept.md"}  # whose sections go on from those above
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 

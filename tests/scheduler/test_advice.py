@@ -52,32 +52,39 @@ def number(message, before, after):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True}],
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 0.05},
+    ],
     ids=str,
 )
-def test_predicts_what_sgd_leaves_and_what_would_be_enough(options):
+def test_predicts_what_sgd_leaves(options):
+    """In the worst case: that the kept weights grow twofold."""
+
     def shrunk(max_penalty):
         torch.manual_seed(0)
         layer, rst = ticket(torch.nn.Linear(20, 20, bias=False).double(), 150, hold=50, max_penalty=max_penalty)
-        pruned = ~rst.masks["weight"]
-        before = layer.weight.detach()[pruned].norm()
-        messages = advised(rst, layer, torch.optim.SGD(layer.parameters(), lr=0.01, **options), updates=200)
-        return float(layer.weight.detach()[pruned].norm() / before), messages
+        messages = advised(rst, layer, SGD(layer.parameters(), lr=0.01, **options), updates=200)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return rst.finalize().total, messages
 
-    weak = 0.2 if options else 1.0
-    left, [message] = shrunk(weak)
-    assert f"with lr=0.01, momentum={options.get('momentum', 0):g} and a penalty up to {weak:g}, 200 updates" in message
-    assert left == pytest.approx(number(message, "leave about ", "%") / 100, rel=0.3)
-    left, messages = shrunk(1.05 * number(message, "together ", " times") * weak)
-    assert messages == []
-    assert left < 0.06
+    weak = 0.2 if "momentum" in options else 1.0
+    total, [message] = shrunk(weak)
+    assert "with lr=0.01, 180 more updates will leave the masked weights at least" in message
+    least = total.masked_norm / math.hypot(total.masked_norm, 2 * total.kept_norm)
+    assert number(message, "at least ", "%") / 100 == pytest.approx(least, rel=0.2, abs=0.015)
+    assert shrunk(10 * weak)[1] == []
 
 
 @pytest.mark.parametrize(
     ("options", "max_penalty", "limit"),
     [
         ({}, 36.0, None),
-        ({}, 40.0, "3.8 with this SGD. Lower max_penalty to less than 38,"),
+        ({}, 40.0, "3.8 with this SGD, and is 4"),
         ({"nesterov": True}, 13.0, None),
         ({"nesterov": True}, 14.2, "1.35714"),
         ({"dampening": 0.5}, 74.0, None),
@@ -92,9 +99,8 @@ def test_the_limit_is_where_sgd_diverges(options, max_penalty, limit):
     messages = advised(rst, layer, optimizer, updates=400)
     largest = float(layer.weight.detach()[~rst.masks["weight"]].abs().max())
     assert (largest > 1e3) == (limit is not None)
-    assert [f"will diverge: lr times penalty must stay below {limit}" in message for message in messages] == [True] * (
-        limit is not None
-    )
+    said = f"will diverge, unless lr falls in time: lr times max_penalty must stay below {limit}"
+    assert [said in message for message in messages] == [True] * (limit is not None)
 
 
 # ---------------------------------------------------------------------- Adam
@@ -116,14 +122,13 @@ def shrunk_by_adam(make_optimizer, updates, *, edit=None, **options):
 
 @pytest.mark.parametrize("store_masks", [True, False])
 @pytest.mark.parametrize("make_optimizer", ADAMS)
-def test_predicts_what_no_penalty_of_adam_can_reach(make_optimizer, store_masks):
-    """Weights up to 1/√80 = 0.112, and 0.05 to move."""
+def test_says_where_no_penalty_of_adam_can_reach(make_optimizer, store_masks):
+    """Weights up to 1/√80 = 0.112, and at first 0.05 to move, then 0.15."""
     left, [message] = shrunk_by_adam(make_optimizer, 50, store_masks=store_masks)
-    assert "with lr=0.001, 45 more updates will leave" in message
-    said = number(message, "will leave about ", "%") / 100
-    assert left == pytest.approx(said, abs=0.1)
-    assert said == pytest.approx(((0.107 - 0.045) / 0.107) ** 1.5, abs=0.05)  # of evenly distributed weights
-    left, messages = shrunk_by_adam(make_optimizer, round(50 * number(message, "together ", " times")))
+    assert "with lr=0.001, 45 more updates will leave the masked weights at least" in message
+    assert "raise steps, hold or lr" in message
+    assert 0.1 < number(message, "at least ", "%") / 100 < left
+    left, messages = shrunk_by_adam(make_optimizer, 150)
     assert messages == []
     assert left < 0.1
 
@@ -139,33 +144,13 @@ def test_it_is_the_masked_weights_that_count():
 
 def test_outliers_count():
     left, [message] = shrunk_by_adam(torch.optim.Adam, 200, edit=lambda weight: weight[:2].mul_(10))
-    assert left == pytest.approx(number(message, "will leave about ", "%") / 100, abs=0.1)
-    assert number(message, "together ", " times") == pytest.approx(10 * 0.1118 / 0.18, rel=0.1)
-
-
-def test_layers_count_by_their_size():
-    """A small layer that is out of reach says little of a large one within reach."""
-
-    def said(size_within_reach):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(10, size_within_reach, bias=False), torch.nn.Linear(10, 100))
-        with torch.no_grad():
-            model[0].weight.uniform_(-0.01, 0.01)
-            model[1].weight.uniform_(-0.1, 0.1)
-        rst = RSTScheduler(model, sparsity=0.5, seed=0, steps=100)
-        [message] = advised(rst, model, torch.optim.Adam(model.parameters(), lr=5e-4), updates=20)
-        return number(message, "will leave about ", "%") / 100
-
-    alone = said(10)
-    squares_alone, squares_within = 500 * 0.095**2 / 3, 1e6 * 0.005**2 / 6  # after a movement of 0.005
-    assert alone == pytest.approx((0.05 / 0.095) ** 1.5, abs=0.05)
-    assert said(200_000) == pytest.approx(alone * (1 + squares_within / squares_alone) ** -0.5, abs=0.04)
+    assert 0.1 < number(message, "at least ", "%") / 100 < left
 
 
 def test_half_precision():
     layer, rst = ticket(torch.nn.Linear(80, 100, bias=False, dtype=torch.bfloat16))
     [message] = advised(rst, layer, torch.optim.Adam(layer.parameters(), lr=2e-4), updates=12)
-    assert number(message, "will leave about ", "%") == pytest.approx(100 * (1 - 0.018 / 0.11) ** 1.5, abs=4)
+    assert 30 < number(message, "at least ", "%") < 45  # of half of the weights, where the others may grow twofold
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -175,8 +160,8 @@ def test_layers_without_weights():
     assert len(advised(rst, model, torch.optim.Adam(model.parameters(), lr=1e-7), updates=12)) == 1
 
 
-def test_long_rows_layers_without_updates_and_scalars():
-    model = torch.nn.Sequential(torch.nn.Linear(200_000, 2, bias=False), torch.nn.Linear(2, 8, bias=False))
+def test_layers_without_updates_and_scalars():
+    model = torch.nn.Sequential(torch.nn.Linear(200, 2, bias=False), torch.nn.Linear(2, 8, bias=False))
     model.scale = torch.nn.Parameter(torch.ones(()))
     with pytest.warns(UserWarning, match="rounds to all 1 units of scale"):
         rst = RSTScheduler(model, sparsity=0.9, seed=0, steps=50, targets=((torch.nn.Module, "[ws]*"),))
@@ -187,7 +172,7 @@ def test_long_rows_layers_without_updates_and_scalars():
         optimizer.step()
         messages += warnings_of(rst)
     [(message, _)] = messages
-    assert number(message, "will leave about ", "%") in (99, 100)
+    assert number(message, "at least ", "%") > 50
 
 
 # ---------------------------------------------------------------------- all that stands in the way
@@ -214,23 +199,19 @@ def trained(make_optimizer, *, loss_scale=1.0, schedule=None, updates=80, **opti
     return [str(warning.message) for warning in found], report.total.residual
 
 
-def test_adam_on_a_loss_that_is_a_sum_names_the_penalty_at_once():
-    """Not the time first, which is enough here, nor alone where it is too short as well."""
-    early, late = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0)[0]
-    assert "make max_penalty about" in early
-    assert "make steps" not in early
+def test_adam_on_a_loss_that_is_a_sum_names_the_penalty_and_that_helps():
+    """And not the time, of which there is enough."""
+    [late], before = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0)
     assert "The loss's gradients were larger than the penalty: raise max_penalty" in late
-    early, _ = trained(lambda p: Adam(p, lr=3e-4), loss_scale=2048.0)[0]
-    assert "make max_penalty about" in early
-    assert "make steps, hold or lr larger, together" in early
-
-
-def test_what_was_said_of_a_sum_helps():
-    (early, _), before = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0)
-    factor = number(early, "max_penalty about ", " times")
-    messages, after = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0, max_penalty=factor)
+    assert "steps" not in late
+    _, after = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0, max_penalty=1000.0)
     assert after < before / 3
-    assert not any("make max_penalty" in message for message in messages)
+
+
+def test_all_that_stands_in_the_way_is_in_one_message():
+    schedule = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.985)  # noqa: E731
+    late = trained(lambda p: Adam(p, lr=3e-3), loss_scale=2048.0, schedule=schedule)[0][-1]
+    assert "transform for longer, or while lr is high. The loss's gradients were larger than the penalty" in late
 
 
 @pytest.mark.parametrize("make_optimizer", [lambda p: Adam(p, lr=3e-3), lambda p: torch.optim.AdamW(p, lr=3e-3)])
@@ -258,20 +239,75 @@ def test_a_rate_that_has_fallen_is_named_as_the_lever(make_optimizer):
     assert "transform for longer, or while lr is high" in messages[-1]
 
 
-def test_where_a_higher_penalty_would_diverge_it_is_not_among_the_levers():
-    layer, rst = ticket(max_penalty=1.0, steps=20)
-    [message] = advised(rst, layer, SGD(layer.parameters(), lr=0.15), updates=20)
-    assert "Make steps, hold, max_penalty or lr larger, together 2.9 times" in message
-    layer, rst = ticket(max_penalty=5.0, steps=2)
-    [message] = advised(rst, layer, SGD(layer.parameters(), lr=0.38), updates=2)
-    assert "Make steps or hold (lr times max_penalty must stay below 2) larger, together 1.6 times" in message
+@pytest.mark.parametrize("early", [True, False])
+def test_it_is_said_how_far_max_penalty_and_lr_can_be_raised_with_sgd(early):
+    layer, rst = ticket(max_penalty=5.0, steps=20)
+    optimizer = SGD(layer.parameters(), lr=0.02)
+    messages = advised(rst, layer, optimizer, updates=20)
+    if not early:
+        with pytest.warns(UserWarning, match="Transform for longer, or with a higher") as found:
+            rst.finalize()
+        messages = [str(found[0].message)]
+    assert "max_penalty or lr" in messages[0]
+    assert "lr times max_penalty must stay below 2 with this SGD" in messages[0]
 
 
-@pytest.mark.parametrize(("steps", "warns"), [(42, True), (47, False)])
+@pytest.mark.parametrize(("steps", "warns"), [(30, True), (46, False)])
 def test_the_threshold_is_that_of_finalize(steps, warns):
-    """exp(-0.2 · steps / 2) is 1 % after 46 steps."""
+    """exp(-0.2 · steps / 2) is 1 % after 46 steps, and half of that where the kept weights grow twofold."""
     layer, rst = ticket(steps=steps)
     assert len(advised(rst, layer, SGD(layer.parameters(), lr=0.2), updates=steps)) == warns
+
+
+def _by_hand(optimizer):
+    """A warm-up that leaves no trace in the groups."""
+    [group] = optimizer.param_groups
+    high, group["lr"] = group["lr"], group["lr"] / 30
+
+    class Rates:
+        def step(self):
+            group["lr"] = min(high, group["lr"] + high / 30)
+
+    return Rates()
+
+
+RATES = torch.optim.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        None,
+        lambda o: RATES.CosineAnnealingLR(o, 60),
+        lambda o: RATES.CosineAnnealingWarmRestarts(o, 15),
+        lambda o: RATES.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=200, cycle_momentum=False),
+        lambda o: RATES.LambdaLR(o, lambda update: min(1.0, (update + 1) / 30)),
+        _by_hand,
+    ],
+    ids=["constant", "cosine", "restarts", "OneCycle", "warm-up", "by hand"],
+)
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda p, scale: SGD(p, lr=0.1 * scale),
+        lambda p, scale: SGD(p, lr=0.02 * scale, momentum=0.9, weight_decay=1e-3),
+        lambda p, scale: SGD(p, lr=0.02 * scale, momentum=0.9, nesterov=True),
+        lambda p, scale: Adam(p, lr=4e-3 * scale),
+        lambda p, scale: torch.optim.AdamW(p, lr=4e-3 * scale, weight_decay=0.1),
+    ],
+    ids=["SGD", "momentum", "nesterov", "Adam", "AdamW"],
+)
+def test_no_early_word_is_false(make_optimizer, schedule):
+    early_words = 0
+    for scale, max_penalty in ((0.1, 1.0), (0.5, 3.0), (1.0, 1.0), (2.0, 3.0)):
+        messages, residual = trained(
+            lambda p, scale=scale: make_optimizer(p, scale), schedule=schedule, updates=60, max_penalty=max_penalty
+        )
+        early = [message for message in messages if "more updates" in message or "will diverge" in message]
+        early_words += len(early)
+        assert len(messages) - len(early) == (residual > 0.01)  # what finalize() says
+        assert residual > 0.01 or not early
+    assert early_words or schedule is not None
 
 
 # ---------------------------------------------------------------------- silence where it is not sure
@@ -308,7 +344,6 @@ SGD, Adam = torch.optim.SGD, torch.optim.Adam
         (torch.optim.Adamax, {"lr": 1e-6}, {}),
         (Signs, {"defaults": {}}, {}),
         (SGD, {"lr": 1e-6, "momentum": 1.0}, {}),
-        (SGD, {"lr": 1e-6, "momentum": 0.9, "dampening": 1.0}, {}),
         (SGD, {"lr": 0.0}, {}),
         (Adam, {"lr": 0.0}, {}),
         (SGD, {"lr": math.nan}, {}),
@@ -316,6 +351,7 @@ SGD, Adam = torch.optim.SGD, torch.optim.Adam
         (Adam, {"lr": 1e-6}, {"max_penalty": 0.0}),
         (Adam, {"lr": 1e-6}, {"schedule": lambda progress: -1.0}),
         (Adam, {"lr": 1e-6}, {"steps": 1}),
+        (Adam, {"lr": 1e-6}, {"steps": 2}),
     ],
 )
 def test_is_silent(make_optimizer, settings, options):
@@ -357,18 +393,6 @@ def test_optimizers_that_do_not_apply_the_penalty_are_not_judged():
     assert advised(ticket(layer, optimizer=sgd)[1], layer, adam, sgd) == []
 
 
-def test_a_schedule_that_raises_later_raises_later():
-    def schedule(progress):
-        if progress > 0.4:
-            raise ZeroDivisionError
-        return progress
-
-    layer, rst = ticket(schedule=schedule)
-    assert advised(rst, layer, SGD(layer.parameters(), lr=1e-6), updates=39) == []
-    with pytest.raises(ZeroDivisionError):
-        advised(rst, layer, SGD(layer.parameters(), lr=1e-6), updates=2)
-
-
 # ---------------------------------------------------------------------- when it speaks
 
 
@@ -397,9 +421,6 @@ def test_a_scheduler_step_for_several_updates(make_optimizer, lr):
 
     assert said(10, 1.0) == []
     assert len(said(1, 1.0)) == 1
-    if make_optimizer is SGD:
-        left = math.exp(-10 * 2e-2 * 0.1 * sum(range(1, 101)) / 100)
-        assert f"1,000 updates will leave about {left:.0%}" in said(10, 0.1)[0]
 
 
 def test_a_restart_within_an_epoch_that_is_a_scheduler_step():
@@ -415,12 +436,12 @@ def test_a_restart_within_an_epoch_that_is_a_scheduler_step():
     assert advised(resumed, layer, optimizer, updates=100, updates_per_step=10) == []
 
 
-def test_all_optimizers_are_judged():
+def test_of_two_optimizers_nothing_is_said_early():
+    """What each leaves says little of the whole."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.Linear(40, 8))
     rst = RSTScheduler(model, sparsity=0.5, seed=0, steps=100)
     optimizers = [Adam(layer.parameters(), lr=lr) for layer, lr in zip(model, (0.1, 1e-7), strict=True)]
-    [message] = advised(rst, model, *optimizers, updates=12)
-    assert "with lr=1e-07" in message
+    assert advised(rst, model, *optimizers, updates=12) == []
 
 
 @pytest.mark.parametrize("make_optimizer", [SGD, Adam])
@@ -461,9 +482,9 @@ def test_a_copy_of_a_scheduler_does_not_await_weights(monkeypatch):
     monkeypatch.setattr(AsyncScalar, "has_arrived", lambda self: False)
     layer, rst = ticket()
     advised(rst, layer, Adam(layer.parameters()), updates=20)
-    assert rst._advice._samples
-    assert not copy.deepcopy(rst)._advice._samples
-    assert not pickle.loads(pickle.dumps(rst._advice.__getstate__()))["_samples"]
+    assert rst._advice._squares
+    assert not copy.deepcopy(rst)._advice._squares
+    assert not pickle.loads(pickle.dumps(rst._advice.__getstate__()))["_squares"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")

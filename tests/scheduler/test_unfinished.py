@@ -94,6 +94,13 @@ def test_nothing_is_said_where_nothing_was_left_undone(make):
     assert said(kept.clear) == []
 
 
+def test_a_state_that_was_saved_may_be_all_that_ever_comes():
+    kept = [begun()]
+    kept[0][1].state_dict()
+    [(message, _)] = said(kept.clear)
+    assert "goes on from a saved state" in message
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
 def test_nothing_is_said_of_copies(duplicate):
     kept = begun()
@@ -139,6 +146,7 @@ def train():
         ("train()", 1),
         ("import sys; kept = train(); sys.exit()", 1),
         ("kept = train(); kept[1].remove()", 0),
+        ("import sys; kept = train(); kept[1].state_dict(); sys.exit()", 1),
         ("kept = train(); 1 / 0", 0),
         ("kept = train(); raise KeyboardInterrupt", 0),
     ],

@@ -199,17 +199,14 @@ def test_lottery_ticket():
 # ---------------------------------------------------------------- seeds
 
 
-@pytest.mark.parametrize("default_device", [None, "cuda"])
+@pytest.mark.parametrize("default_device", ["cpu", "cuda"])
 @on_simulated_cuda
 def test_a_seed_that_is_drawn_is_the_same_on_the_device(default_device):
     torch.manual_seed(5)
     expected = RSTScheduler(nn.Linear(80, 80), 0.5).masks["weight"]
-    torch.set_default_device(default_device)
-    try:
+    with torch.device(default_device):
         torch.manual_seed(5)
         assert torch.equal(RSTScheduler(nn.Linear(80, 80).cuda(), 0.5).masks["weight"].cpu(), expected)
-    finally:
-        torch.set_default_device(None)
 
 
 class Echo(dist.ProcessGroup):

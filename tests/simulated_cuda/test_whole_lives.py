@@ -215,12 +215,9 @@ def test_a_model_that_moves_between_updates(store_masks):
 def test_default_device():
     """Everything that torch makes is on the device then, unless it is told otherwise."""
     expected, _ = train("cpu")
-    torch.set_default_device("cuda")
-    try:
+    with torch.device("cuda"):
         torch.manual_seed(0)
         model, rst = train("cuda")
-    finally:
-        torch.set_default_device(None)
     assert_same_states(on_host(model), on_host(expected), 1e-5)
     assert_holds_zeros(model, rst)
 

@@ -14,12 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from .call_stack import name_to_prune
 from .optimizer_hooks import register, tickets
 from .parameter import ManagedParameter, WeakOccurrence, remove_hook
-from .ticket import Phase
+from .stage import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from .ticket import Ticket
+
+
+_FINETUNE = Phase.FINETUNE  # the members of an Enum are slow to look up
 
 
 class LayerHook(prune.BasePruningMethod):
@@ -42,22 +45,24 @@ class LayerHook(prune.BasePruningMethod):
         """Before a forward; and before a state_dict(), which alone gives ``keep_vars``."""
         if is_compiling():  # first: compiled code would be made anew where what follows changes
             return
-        ticket = self.ticket
-        if ticket.stage.phase is not Phase.FINETUNE or ticket.is_released:
+        ticket, managed = self.ticket, self.managed
+        if ticket.stage.phase is not _FINETUNE or ticket.is_released:
             return
         if keep_vars is not None:
-            if self.managed.tensor() is not None:
-                ticket.at_forward(self.managed, module, trusts_stamp=False)
+            if managed.tensor() is not None:
+                ticket.at_forward(managed, module, trusts_stamp=False)
             return
-        parameter = module._parameters.get(self._occurrence.tensor_name)
-        is_same_mode, self._was_training = self._was_training in (module.training, None), module.training
-        if is_same_mode and type(parameter) is nn.Parameter and not ticket.manual:  # the common case, passed most often
-            try:
-                if self.managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version):
-                    return
-            except RuntimeError:  # made in inference mode: it has no version
-                pass
-        ticket.at_forward(self.managed, module, trusts_stamp=is_same_mode)
+        training, known = module.training, self._was_training
+        if training is known and not ticket.manual:  # the common case, passed most often
+            parameter = module._parameters.get(self._occurrence.tensor_name)
+            if type(parameter) is nn.Parameter:
+                try:
+                    if managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version):
+                        return
+                except RuntimeError:  # made in inference mode: it has no version
+                    pass
+        self._was_training = training
+        ticket.at_forward(managed, module, trusts_stamp=known is None or training is known)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ walks over its hooks is not safe, and a scheduler may be dropped at any moment.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import threading
 import weakref
@@ -19,7 +20,7 @@ from .._tensors.dtensor import is_sharded
 from .batch import Batch
 from .call_stack import in_dummy_step, outer_steps
 from .hook_order import pair
-from .ticket import Phase
+from .stage import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +46,15 @@ def register(ticket: Ticket) -> None:
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
+            atexit.register(_drop_tensors)
             _installed = True
+
+
+def _drop_tensors() -> None:
+    """At the end of the process: process groups cannot go while something still has tensors that are sharded."""
+    _lookups.clear()
+    for ticket in tickets():
+        ticket.drop_tensors()
 
 
 def tickets() -> list[Ticket]:
@@ -118,8 +127,8 @@ def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
     found = [
         (ticket, held)
         for ticket, held in found
-        if not (ticket.holds or ticket.silenced)
-        and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
+        if not (ticket.holds or ticket.transformation.silenced)
+        and ((given := ticket.transformation.optimizer) is None or _is_part(optimizer, given()))
     ]
     if found and (parts := _parts(optimizer)):
         left = {key for part in parts for key in groups_of(part)}
@@ -183,7 +192,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     to_penalize = _to_penalize(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
         for ticket, _ in to_penalize:
-            ticket.forget_versions()
+            ticket.transformation.dummy_steps += 1
         return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:
@@ -203,16 +212,17 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
         for ticket, held in found:
             if ticket.holds:
                 ticket.zero(Batch([(one, parameter) for one, parameter in held if not one.is_clean(parameter)]))
-        before = {id(ticket): ticket.serial for ticket, _ in found}
+        before = {id(ticket): ticket.transformation.serial for ticket, _ in found}
         loss = closure()
         for ticket, held in found:
             if ticket.holds:
                 ticket.before_update(held, optimizer)
         for ticket, held in _to_penalize(_find(optimizer), optimizer):
             # But for what the closure has penalized itself: it may be that of a step around this one, handed down.
-            penalized = ticket.penalize(held, optimizer, after=before.get(id(ticket), ticket.serial))
+            transformation = ticket.transformation
+            penalized = ticket.penalize(held, optimizer, after=before.get(id(ticket), transformation.serial))
             if isinstance(optimizer, LBFGS):  # its line search compares losses
-                loss = loss + ticket.penalty_term(penalized)
+                loss = loss + transformation.term(penalized, ticket.stage.masks, ticket.stage.penalty)
         return loss
 
     return evaluate

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -14,40 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from .._tensors.dtensor import is_sharded, local, mesh_of, reshard, sum_over_shards, version
-from .._tensors.kernels import add_scaled_, add_scaled_all_, bits, clear_, clear_all_
+from .._tensors.dtensor import is_sharded, local, mesh_of, reshard
+from .._tensors.kernels import clear_
 from .batch import Batch
 from .call_stack import in_functional_call
+from .enforcement import Enforcement
 from .gradient_hook import GradientHook
-from .graph_capture import CapturedPenalty
-from .parameter import MARK, ManagedParameter, is_treated, note_treated, remove_hook, stamp_of
-from .updates import Updates
+from .parameter import ManagedParameter, is_treated, remove_hook, stamp_of
+from .stage import Phase, Stage
+from .transformation import Transformation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch.optim import Optimizer
 
     from ..masks.mask import Mask
-
-
-class Phase(Enum):
-    """What a ticket does with the masked weights."""
-
-    IDLE = "idle"  # nothing: it is not complete yet, was removed, or its scheduler is gone
-    TRANSFORM = "transform"  # penalize them
-    FINETUNE = "finetune"  # hold them at zero
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Where a ticket is in its life. It is exchanged as a whole, so that no change of phase is ever half made."""
-
-    phase: Phase
-    masks: Mapping[str, Mask]  # by parameter name
-    penalty: float = 0.0  # λ of the next update
-    steps: int = 0  # scheduler steps that counted
-    report: Any = None  # of the end of the transformation
 
 
 class Ticket:
@@ -65,31 +45,25 @@ class Ticket:
         scheduler: Any = None,
         optimizer: Optimizer | None = None,
         stores_masks: bool = True,
-        patience: int = 0,
         before_first: Callable[[Ticket], None] | None = None,
+        after_update: Callable[[Ticket, int], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
         self.detached: set[str] = set()  # names that prune.remove took out, or whose layers are gone
+        self.transformation = Transformation(optimizer)
+        self.enforcement = Enforcement()
         self.stores_masks = stores_masks
         self.is_released = False
         self.manual = False  # apply_penalty() was called: there may be updates that no hook sees
-        self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
-        self.updates = Updates()
-        self.serial = 0  # of the last penalty batch
-        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._model = None if model is None else weakref.ref(model)
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
-        self._captured = CapturedPenalty()
-        self._serial_at_step = 0
-        self._versions: dict[str, int] = {}  # at the last scheduler step, of what had not been penalized before it
         self._update = 0  # the number of the update that gradients are treated for
         self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._before_first = before_first  # called once, before the first update
-        self._patience = patience  # updates of one optimizer after which a first scheduler step is missed; 0: never
+        self._after_update = after_update  # called with the number of updates of that optimizer in this scheduler step
         self._gradient_hook = GradientHook(self._on_gradients)
-        self.kept: Any = None  # where the kept weights are trained alone: it takes the gradients, and none is masked
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -124,6 +98,12 @@ class Ticket:
             self._managed = known = Batch([(managed, tensor) for managed, tensor in found if tensor is not None])
         return known
 
+    def drop_tensors(self) -> None:
+        """Keep no tensor of the model; each is looked up again when it is needed."""
+        self._managed = Batch([])
+        for managed in self.parameters:
+            managed.shard = None
+
     def reshard(self) -> None:
         """Put the shards of an FSDP2 model in place, so that changes reach them."""
         if (model := self.model()) is not None:
@@ -134,8 +114,8 @@ class Ticket:
     def transform(self, masks: Mapping[str, Mask], penalty: float, steps: int) -> None:
         """Penalize from now on, with these masks and this λ; weights that were held at zero may grow again."""
         if masks is not self.stage.masks:
-            self._captured.masks_change()
-        self._captured.fill(penalty)
+            self.transformation.captured.masks_change()
+        self.transformation.captured.fill(penalty)
         was_held, self.stage = self.holds, Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
         if was_held:
             for managed in self.parameters:
@@ -143,7 +123,7 @@ class Ticket:
 
     def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
         """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
-        self._captured.masks_change()
+        self.transformation.captured.masks_change()
         managed = self.managed()
         self.zero(Batch([entry for entry in managed if not entry[1].is_meta]), masks, counted=True)
         for one, parameter in managed:
@@ -156,8 +136,7 @@ class Ticket:
 
     def release(self) -> None:
         """Leave a plain model: no hook is left."""
-        if self.kept is not None:
-            self.kept.stop()
+        self.enforcement.stop()
         self.is_released = True  # the switch: hooks that are still there do nothing
         self.stage = replace(self.stage, penalty=0.0)
         for managed in self.parameters:
@@ -190,8 +169,7 @@ class Ticket:
         """Mask the gradients of this tensor at the end of each backward pass, before clipping looks at them."""
         managed.disconnect()
         managed.hook = self._gradient_hook.register(parameter)
-        if self.kept is not None:
-            self.kept.connect(managed, parameter)
+        self.enforcement.connect(managed, parameter)
 
     def _on_gradients(self, parameter: Tensor | None) -> None:
         """Mask the gradient of this parameter; at the end of a backward pass, for None, all of them.
@@ -204,115 +182,30 @@ class Ticket:
         if parameter is not None:
             self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
             return
-        if self.kept is not None:
-            self.kept.gather_gradients()
-            return
         managed = self._managed or self.managed()  # as forwards and updates have last seen them
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
         if shards:
             self.mask_gradients(Batch(shards))
 
-    @torch.no_grad()
     def mask_gradients(self, batch: Batch) -> None:
         """Set the gradients of the masked weights to zero, where that is not done yet."""
-        if self.kept is not None:
-            return
-        update, masks = self._update, self.stage.masks
-        grads: list[Tensor] = []
-        kept: list[Tensor] = []
-        others: list[tuple[ManagedParameter, Tensor, Tensor]] = []
-        for (one, parameter), mask in zip(batch, batch.masks(masks, holds=True), strict=True):
-            grad = parameter.grad
-            if grad is None or (MARK in grad.__dict__ and is_treated(grad, update)):
-                continue
-            if mask is None or type(grad) is not Tensor or grad.is_sparse:
-                others.append((one, parameter, grad))
-            else:
-                grads.append(grad)
-                kept.append(mask)
-        clear_all_([bits(grad) for grad in grads], kept)
-        clear_(
-            (part, mask)
-            for one, parameter, grad in others
-            for part, _, mask in one.gradient_pieces(masks[one.name], parameter, grad, holds=True)
-        )
-        note_treated([*grads, *(p.grad for _, p, _ in others if p.grad is not None)], update)
+        self.enforcement.mask_gradients(batch, self.stage.masks, self._update)
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def penalize(
-        self,
-        batch: Batch,
-        optimizer: Optimizer | None = None,
-        *,
-        after: int = -1,
-        outer: Callable[[], set[int]] | None = None,
+        self, batch: Batch, optimizer: Optimizer | None = None, **but: Any
     ) -> list[tuple[ManagedParameter, Tensor]]:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due.
 
-        Args:
-            batch: what to penalize.
-            optimizer: whose step is about to use the gradients; None where no hook sees the update.
-            after: a serial number; what has been penalized since is left out.
-            outer: gives the ids of the parameters that are updated by steps around this one. A step may be made within
-                a step that has penalized the gradient already, and has changed or replaced it since.
+        ``but`` says which are left out, as :meth:`Transformation.penalize` does.
         """
-        update, masks, at_step = self._update, self.stage.masks, self._serial_at_step
         # First: where an update cannot be captured, nothing is drawn, and nothing changed.
-        given = (grad for _, parameter in batch if (grad := parameter.grad) is not None)
-        factor = self._captured.factor(given, self.stage.penalty)
-        if self._before_first is not None and self.serial == 0:
+        factor = self.transformation.factor(batch, self.stage.penalty)
+        if self._before_first is not None and self.transformation.serial == 0:
             self._before_first(self)
-        grads: list[Tensor] = []  # of simple parameters, in the order of these three
-        weights: list[Tensor] = []
-        gone: list[Tensor] = []
-        others: list[tuple[ManagedParameter, Tensor, Tensor]] = []
-        maximized: list[tuple[ManagedParameter, Tensor, Tensor]] = []
-        penalized: list[tuple[ManagedParameter, Tensor]] = []
-        is_applied = False
-        updated_outside: set[int] | None = None
-        for entry, group, mask in zip(batch, batch.groups, batch.masks(masks, holds=False), strict=True):
-            one, parameter = entry
-            grad = parameter.grad
-            if grad is None or one.penalized_at > after >= 0:
-                continue
-            if MARK in grad.__dict__ and is_treated(grad, update):
-                is_applied = True  # before a step that raised, or in the step around this one
-                one.penalized_at = self.serial + 1
-                continue
-            if outer is not None and one.penalized_at > at_step:
-                updated_outside = outer() if updated_outside is None else updated_outside
-                if id(parameter) in updated_outside:
-                    continue
-            one.penalized_at = self.serial + 1
-            penalized.append(entry)
-            if group.get("maximize"):
-                maximized.append((one, parameter, grad))
-            elif mask is None or type(grad) is not Tensor or grad.is_sparse:
-                others.append((one, parameter, grad))
-            else:
-                grads.append(grad)
-                weights.append(parameter)
-                gone.append(mask)
-        self.serial += 1
-        if penalized:
-            scale = getattr(optimizer, "grad_scale", None)  # which GradScaler leaves to a fused optimizer to undo
-            factor = factor if scale is None else scale * factor
-            if isinstance(factor, Tensor) or factor != 0:
-                add_scaled_all_(grads, weights, gone, factor)
-                for entries, sign in ((others, 1), (maximized, -1)):
-                    pieces: Any = (
-                        piece
-                        for one, parameter, grad in entries
-                        for piece in one.gradient_pieces(masks[one.name], parameter, grad, holds=False)
-                    )
-                    add_scaled_(pieces, factor if sign > 0 else -factor)
-            note_treated([*grads, *(p.grad for _, p, _ in (*others, *maximized) if p.grad is not None)], update)
-        if optimizer is not None and (penalized or is_applied):
-            self.updates.begin(optimizer)
-        return penalized
+        return self.transformation.penalize(batch, self.stage.masks, factor, self._update, optimizer, **but)
 
     def apply_penalty(self) -> bool:
         """For loops whose update no hook sees; returns whether a managed parameter had a gradient."""
@@ -320,23 +213,14 @@ class Ticket:
         managed = self.managed()
         if all(parameter.grad is None for _, parameter in managed):
             return False
-        self.manual = self.silenced = True
+        self.manual = self.transformation.silenced = True
         self._update, self._update_is_over = self._update + (self._update_is_over or self.holds), False
         if self.holds:
             self.mask_gradients(managed)
             self.zero(managed)
         elif self.penalize(managed):
-            self.updates.note()
+            self.transformation.updates.note()
         return True
-
-    @torch.no_grad()
-    def penalty_term(self, managed: Iterable[tuple[ManagedParameter, Tensor]]) -> Tensor | float:
-        """½·λ·‖masked weights‖²: the term of the loss whose gradient the penalty is."""
-        total: Tensor | float = 0.0
-        for one, parameter in managed:
-            squares = one.squared_norms(self.mask(one), parameter, holds=False)[0]
-            total = total + sum_over_shards(squares, parameter)
-        return 0.5 * self.stage.penalty * total
 
     # -- zeros ---------------------------------------------------------------------------------------------------------
 
@@ -347,11 +231,7 @@ class Ticket:
         If not ``counted``, backward() does not notice: right where they should be zero already, or where the change
         that made them something else has been counted.
         """
-        masks = self.stage.masks if masks is None else masks
-        if self.kept is not None:  # it has an index of the kept weights, and needs no masks
-            self.kept.clear(batch, masks)
-        else:
-            self._clear(batch, masks, counted=counted)
+        self.enforcement.clear(batch, self.stage.masks if masks is None else masks, counted=counted)
         holds = self.holds
         for one, parameter in batch:  # after all changes: views of one tensor share a version
             before, stamp = one.stamp, stamp_of(parameter)
@@ -360,19 +240,9 @@ class Ticket:
             if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
                 self.connect(one, parameter)
 
-    @staticmethod
-    def _clear(batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
-        found = batch.masks(masks, holds=True)
-        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
-        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
-        clear_all_(weights, [kept for _, kept in simple])
-        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
-        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
-
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
-        if self.kept is not None:
-            self.kept.refuse(optimizer, batch)
+        self.enforcement.check_update(batch, optimizer)
         update = self._update
         missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
         for one, parameter in missed:
@@ -418,65 +288,29 @@ class Ticket:
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
-    def all_penalized(self) -> bool:
-        """Whether every parameter was penalized since the last scheduler step; so none of them is out of reach."""
-        return all(managed.penalized_at > self._serial_at_step for managed in self.parameters)
-
-    def counts(self, *, is_last: bool) -> bool:
-        """Whether a scheduler step counts now; for certain, if it is the last one.
-
-        Replays of a CUDA graph are not seen: one is taken for granted.
-        """
-        self._captured.check_not_capturing()
-        return self.updates.settle(wait=is_last) or self._captured.is_captured
-
-    def begin_step(self) -> list[str]:
-        """Begin a new scheduler step; returns the parameters that have changed without a penalty since the last one."""
-        before, self._versions = self._versions, {}
-        if not (self.all_penalized() or self._captured.is_captured):
-            for managed in self.parameters:
-                tensor = managed.tensor() if managed.penalized_at <= self._serial_at_step else None
-                if tensor is not None and tensor.requires_grad:
-                    self._versions[managed.name] = version(tensor)
-        bypassed = [name for name, now in self._versions.items() if before.get(name, now) != now]
-        if self.updates.pending and self.silenced:  # what is done manually may come before this step and the update
-            self._update_is_over = True
-        elif self.updates.pending:
-            self._update += 1
-        self._restart(pending=False)
-        return bypassed
+    def begin_step(self) -> None:
+        """Begin a new scheduler step."""
+        if self.transformation.updates.pending:
+            if self.transformation.silenced:  # what is done manually may come before this step and the update
+                self._update_is_over = True
+            else:
+                self._update += 1
+        self.transformation.begin_step()
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
-        self.updates = Updates()
         self._update, self._update_is_over = self._update + 1, False
-        self._restart(pending=pending)
-        self.forget_versions()
+        self.transformation.resume(pending=pending)
         if self.stage.steps:
             for managed in self.parameters:
                 managed.penalized_at = max(managed.penalized_at, 0)  # it may have been, before the restart
 
-    def forget_versions(self) -> None:
-        """Whatever changes the weights now needs no penalty."""
-        self._versions = {}
-
-    def _restart(self, *, pending: bool) -> None:
-        self.updates.restart(pending=pending)
-        self.silenced, self._patience = False, 0
-        self._serial_at_step = self.serial
-
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
-        self.updates.complete(optimizer)
-        made = self.updates.by[id(optimizer)]
-        if self._patience and made >= self._patience:
-            self._patience = 0
-            warnings.warn(
-                f"{made:,} updates applied the penalty, and rst.step() has not been called: λ stays at"
-                f" {self.stage.penalty:.3g}, and the schedule does not end, until it is. Call it after each"
-                " optimizer.step(), or after each epoch if steps and hold count epochs.",
-                stacklevel=2,
-            )
+        updates = self.transformation.updates
+        updates.complete(optimizer)
+        if self._after_update is not None:
+            self._after_update(self, updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

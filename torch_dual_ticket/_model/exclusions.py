@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
 
-def check_exclusions(exclude: Sequence[str], names: Iterable[str]) -> None:
-    """A sequence of patterns, each of which matches one of these modules."""
+def check_exclusions(exclude: Sequence[str], names: Iterable[str] | None = None) -> None:
+    """A sequence of patterns, each of which matches one of these modules, where they are known."""
     if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
         raise TypeError(f"exclude is a sequence of name patterns, as in exclude=['conv1', 'head.*']; got {exclude!r}")
-    require_matches(exclude, names, "exclude: the pattern")
+    if names is not None:
+        require_matches(exclude, names, "exclude: the pattern")
 
 
 def is_excluded(layer_name: str, exclude: Sequence[str]) -> bool:

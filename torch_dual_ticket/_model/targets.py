@@ -138,13 +138,11 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
             not survive; or no target at all.
     """
     check_model(model)
-    if not isinstance(types, Sequence):
-        raise TypeError(f"{_TARGETS_ARE}; got {types!r}")
+    entries = check_types(types)
     reshard(model)
     modules = dict(unwrapped_modules(model))
     check_exclusions(exclude, modules)
     included = {name: layer for name, layer in modules.items() if not is_excluded(name, exclude)}
-    entries = [_check_type(entry) for entry in types]
     if types == DEFAULT_TARGETS:
         entries = default_entries(modules.values())
     for entry in entries:
@@ -232,6 +230,13 @@ def check_model(model: nn.Module) -> None:
             f"{first} belongs to a FullyShardedDataParallel (FSDP1), which flattens the weights of many layers into one"
             " parameter. Use FSDP2 instead: torch.distributed.fsdp.fully_shard."
         )
+
+
+def check_types(types: Sequence[TargetType]) -> list[_Entry]:
+    """They are targets, as far as that can be said without a model."""
+    if not isinstance(types, Sequence):
+        raise TypeError(f"{_TARGETS_ARE}; got {types!r}")
+    return [_check_type(entry) for entry in types]
 
 
 def _check_type(entry: TargetType) -> _Entry:

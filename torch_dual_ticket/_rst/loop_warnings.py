@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._engine.optimizer_hooks import steps_elsewhere
-from .._engine.ticket import Phase
-from .._tensors.dtensor import local
+from .._engine.stage import Phase
+from .._tensors.dtensor import local, version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from .._engine.parameter import ManagedParameter
     from .._engine.ticket import Ticket
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
+_OVERDUE = 100  # scheduler steps at least, and as many as the schedule has
 _LOOKS = (5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
@@ -31,14 +33,22 @@ class MissingPenalty:
         self._idle_steps = 0  # before the first penalty
         self._sample: dict[str, Tensor] = {}  # a few weights of each parameter at the first of these steps
         self._elsewhere = 0  # steps of other optimizers until then
+        self._versions: dict[str, int] = {}  # of parameters without a penalty before the last scheduler step
+        self._dummy_steps = 0  # until then
         self._is_said = False
 
-    def look(self, ticket: Ticket, changed: Sequence[str]) -> None:
-        """Call it at each scheduler step, with the parameters that have changed without a penalty."""
+    def look(self, ticket: Ticket, unpenalized: Sequence[ManagedParameter]) -> None:
+        """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
         is_overdue = False
-        if ticket.updates.ever:
+        transformation = ticket.transformation
+        before = self._versions if self._dummy_steps == transformation.dummy_steps else {}
+        self._dummy_steps = transformation.dummy_steps
+        found = ((one.name, one.tensor()) for one in unpenalized)
+        self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
+        changed = [name for name, now in self._versions.items() if before.get(name, now) != now]
+        if transformation.updates.ever:
             self._sample = {}
         else:
             self._idle_steps += 1
@@ -55,7 +65,7 @@ class MissingPenalty:
         others = (
             "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
             " optimizer of another library or of another model)"
-            if ticket.optimizer is None
+            if transformation.optimizer is None
             else "something else than the optimizer that was given to the scheduler"
         )
         yet = "" if changed else "if there were any, "
@@ -87,18 +97,32 @@ def _changed(before: Mapping[str, Tensor], ticket: Ticket) -> list[str]:
 
 
 class Unfinished:
-    """Warns, once, of a transformation that was begun and never finalized: when its scheduler, or the process, ends."""
+    """Warns, once each, of a schedule that is over without finalize(), and of a transformation that ends without it."""
 
     def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
         self._ticket, self._total = ticket, total
+        self._overdue = 0  # scheduler steps since the schedule's end
         self.is_said = False
         weakref.finalize(scheduler, self._say)  # of a copy there is none
 
+    def look(self) -> None:
+        """Call it after each scheduler step."""
+        self._overdue += self._ticket.stage.steps == self._total
+        if self._overdue == 1 + max(_OVERDUE, self._total):  # the last of the schedule is among them
+            warnings.warn(
+                f"the schedule has been over for {self._overdue - 1:,} steps, and nothing is masked yet: call"
+                " rst.finalize() when rst.done says so. (For more time at the ceiling there is hold=…)",
+                stacklevel=3,
+            )
+
     def _say(self) -> None:
         ticket, steps = self._ticket, self._ticket.stage.steps
-        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and ticket.updates.ever and steps
-        # Where an exception ended the training, the user knows: one that is handled now, or has reached the top.
-        if not is_begun or self.is_said or sys.exc_info()[1] or getattr(sys, "last_value", None):
+        made = ticket.transformation.updates.ever and steps
+        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and made
+        # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
+        # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
+        is_known = sys.exc_info()[1] or getattr(sys, "last_value", None)
+        if not is_begun or is_known or self.is_said:
             return
         self.is_said = True
         advice = (
@@ -108,14 +132,28 @@ class Unfinished:
         )
         warnings.warn(
             f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
-            f" zero. To get a sparse model, {advice}. (To give a transformation up there is rst.remove().)",
+            f" zero. To get a sparse model, {advice}. (Where it goes on from a saved state, or was broken off on"
+            " purpose, rst.remove() says so.)",
             stacklevel=4 if sys._getframe(2).f_code.co_name == "_exitfunc" else 3,  # of weakref, at the process's end
         )
 
 
-def patience(steps: int) -> int:
-    """Updates after which a scheduler step is missed; a schedule of few steps may count epochs, which can be long."""
-    return 1_000 if steps >= 1_000 else 10_000
+class MissingStep:
+    """Warns, once, where many updates apply the penalty and no scheduler step comes."""
+
+    def __init__(self, total: int) -> None:
+        self._patience = 1_000 if total >= 1_000 else 10_000  # few steps may count epochs, which can be long
+
+    def look(self, ticket: Ticket, updates: int) -> None:
+        """Call it after each update, with their number since the last scheduler step."""
+        if updates != self._patience or ticket.stage.steps:
+            return
+        warnings.warn(
+            f"{updates:,} updates applied the penalty, and rst.step() has not been called: λ stays at"
+            f" {ticket.stage.penalty:.3g}, and the schedule does not end, until it is. Call it after each"
+            " optimizer.step(), or after each epoch if steps and hold count epochs.",
+            stacklevel=3,
+        )
 
 
 def warn_of_lost_layers(names: Sequence[str], stacklevel: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from .._model.masked import check_given, find_masked
 from .._model.names import unwrapped_parameters
+from .._tables import Table, TableInNotebooks
 from .._tensors.dtensor import local, local_offset, reshard
 from .._tensors.kernels import clear_
 from ..prune import to_stock_layout
 from .cut_warnings import warn_of_emptied
 from .ranks import agree_on_masks
-from .residual import Report
+from .residual import Report, measure
 from .validation import check_directions, check_reachable, modules_of
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ..masks.mask import Mask
 
 
-class ManagedMasks:
+class ManagedMasks(TableInNotebooks):
     """What an ``RSTScheduler`` and the masks of :func:`torch_dual_ticket.baselines.hold` have in common."""
 
     _ticket: Ticket
@@ -40,6 +42,12 @@ class ManagedMasks:
         self.__dict__.update(state)
         self._ticket.serve(self, self._model)
         self._ticket.stage = stage
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._layers})"
+
+    def _table(self, width: int) -> Table:
+        return replace(measure(self._ticket)._table(width), notes=(repr(self),))
 
     @property
     def phase(self) -> str:
@@ -87,6 +95,10 @@ class ManagedMasks:
     def remove(self) -> None:
         """Take every hook off and leave a plain model: zeros stay where they are, but nothing holds them."""
         self._ticket.release()
+
+    @property
+    def _layers(self) -> str:
+        return f"{len(self._masks())} layers at {self.sparsity:.2%} sparsity"
 
     @property
     def _steps(self) -> int:

@@ -8,20 +8,25 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW
 
+from .._engine.optimizer_hooks import held_by
 from .._tables import Table, TableInNotebooks, as_text, percent, terminal_width
-from .._tensors.dtensor import placement, sum_over_shards
+from .._tensors.dtensor import local, placement, sum_over_shards
+from .._tensors.kernels import squared_norms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
-
+    from .._engine.parameter import ManagedParameter
     from .._engine.ticket import Ticket
     from ..masks.mask import Mask
     from .schedule import Timeline
 
 MAX_RESIDUAL = 0.01  # above which finalize() warns
+ADAM_AT_FULL_SPEED = "Adam moves a weight by about lr in an update, whatever the penalty: raise steps, hold or lr"
+_MORE = "Transform for longer, or with a higher max_penalty or lr"
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
     return Report.of(others)
 
 
-def warn_of_residual(report: Report, steps: int, timeline: Timeline, lever: Callable[[], str]) -> None:
+def warn_of_residual(report: Report, steps: int, timeline: Timeline, ticket: Ticket) -> None:
     """Warn, on behalf of ``finalize()``, where the masks are about to take away what the network still uses."""
     if report.total.residual <= MAX_RESIDUAL:
         return
@@ -185,11 +190,64 @@ def warn_of_residual(report: Report, steps: int, timeline: Timeline, lever: Call
     elif timeline.max_penalty == 0:
         advice = "There was no penalty, as max_penalty is 0"
     else:
-        advice = f"λ had reached {timeline.max_penalty:g}. {lever()}"
+        advice = f"λ had reached {timeline.max_penalty:g}. {_lever(ticket)}"
     warnings.warn(
         f"the masked weights still held {report.total.residual:.1%} of the norm when they were set to zero. {advice}",
         stacklevel=3,
     )
+
+
+@torch.no_grad()
+def _lever(ticket: Ticket) -> str:
+    """What to change, by what the optimizers look like. It may wait for the device."""
+    levers = []
+    for optimizer, held in held_by(ticket):
+        lr, highest = float(held.groups[0].get("lr", 0.0)), highest_rate(held.groups[0])
+        if lr < highest / 2:
+            levers.append(f"The lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high")
+        if type(optimizer) is SGD and not levers:
+            levers.append(f"{_MORE} (lr times max_penalty must stay below {sgd_limit(held.groups[0]):g} with this SGD)")
+        if type(optimizer) in (Adam, AdamW):
+            moves = sizes = 0.0
+            for (managed, parameter), group in zip(held, held.groups, strict=True):
+                if state := optimizer.state.get(parameter):
+                    moves += float(sums(ticket, managed, parameter, state["exp_avg"])[0])
+                    size = sums(ticket, managed, parameter, state["exp_avg_sq"], lambda squares: squares)[0]
+                    sizes += float(size) / (1 - group["betas"][1] ** max(1.0, float(state["step"])))
+            if moves < sizes / 4:  # no two updates went the same way
+                levers.append("The loss's gradients were larger than the penalty: raise max_penalty")
+            elif not levers:
+                levers.append(ADAM_AT_FULL_SPEED)
+    return ". ".join(dict.fromkeys(levers)) or _MORE
+
+
+def sgd_limit(group: Mapping[str, Any]) -> float:
+    """What lr·λ must stay below: there the update's characteristic polynomial has a root of -1."""
+    momentum = group["momentum"]
+    damped = 1 - group["dampening"] if momentum else 1.0
+    return float(2 * (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else damped or math.inf))
+
+
+def highest_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate now, or the highest that a schedule of torch names in the group."""
+    rates = (group.get(name) for name in ("lr", "initial_lr", "max_lr"))
+    return max((float(rate) for rate in rates if isinstance(rate, (int, float)) and math.isfinite(rate)), default=0.0)
+
+
+def sums(
+    ticket: Ticket,
+    managed: ManagedParameter,
+    parameter: Tensor,
+    values: Tensor,
+    change: Callable[[Tensor], Tensor] = Tensor.square_,
+) -> Tensor:
+    """Sums over values, one for each weight of this process's shard, by default of squares: the masked ones, and all.
+
+    ``change`` is given their magnitudes, a part at a time.
+    """
+    weight, mask = local(parameter), ticket.mask(managed)
+    pieces: Any = managed.cache.pieces(mask, parameter, weight, local(values), holds=False)
+    return squared_norms(pieces, 1, weight.device, change)
 
 
 def warn_of_outstanding(cycle: int, cycles: int) -> None:

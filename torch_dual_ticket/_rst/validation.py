@@ -18,7 +18,7 @@ from .loop_warnings import warn_of_lost_layers
 from .residual import LayerReport, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -90,8 +90,8 @@ def check_alone(what: str, others: Mapping[str, bool]) -> None:
             raise ValueError(f"{what} and {other} were given, and both say which weights are pruned: leave out {other}")
 
 
-def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
-    """An optimizer of torch that holds a target, or None."""
+def check_optimizer(optimizer: Any, targets: Sequence[Target] = ()) -> None:
+    """An optimizer of torch that holds a target, if there are any yet; or None."""
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer):
@@ -100,7 +100,7 @@ def check_optimizer(optimizer: Any, targets: list[Target]) -> None:
             " inside it; or leave it out, and call rst.apply_penalty() before each update if there is none."
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(target.parameter) in held for target in targets):
+    if targets and not any(id(target.parameter) in held for target in targets):
         raise ValueError(
             f"this {type(optimizer).__name__} holds none of the parameters to prune ({targets[0].name}, …). Build it"
             " from the parameters of the model that is given to the scheduler."
@@ -136,8 +136,9 @@ def check_manages(ticket: Ticket) -> None:
 def check_trained(ticket: Ticket, steps: int) -> None:
     """There is something to finalize, it can be reached, and an update applied the penalty."""
     check_manages(ticket)
-    ticket.updates.settle(wait=True)
-    if not (steps or ticket.updates.ever):
+    updates = ticket.transformation.updates
+    updates.settle(wait=True)
+    if not (steps or updates.ever):
         raise RuntimeError(
             "finalize() was called but no update ever applied the penalty. Train first: optimizer.step() with an"
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"

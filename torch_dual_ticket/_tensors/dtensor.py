@@ -49,6 +49,17 @@ def placement(tensor: Tensor) -> tuple[Any, ...]:
     return (sharded.device_mesh, sharded.placements) if is_sharded(tensor) else ()
 
 
+def coordinates(tensor: Tensor) -> tuple[Any, ...]:
+    """What decides which part of a DTensor this process has, in plain numbers; empty for a tensor that is whole.
+
+    What is kept must not refer to a mesh: at the end of the process its group has to go before everything else.
+    """
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = placement(tensor)
+    return tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), placements
+
+
 def local_offset(tensor: Tensor) -> tuple[int, ...] | None:
     """Where the local shard of a DTensor begins in the whole tensor; None for a tensor that is whole."""
     if not is_sharded(tensor):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 SMALL = 40_960  # elements: measured, a mask of the same dtype is twice as fast, and such layers have few weights
 CHUNK = 1 << 18  # elements on CPU
@@ -85,10 +85,16 @@ def clear_(pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
                 part.mul_(kept)
 
 
-def squared_norms(pieces: Iterable[tuple[Tensor, Tensor]], masked: int, device: torch.device) -> Tensor:
+def squared_norms(
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    masked: int,
+    device: torch.device,
+    change: Callable[[Tensor], Tensor] = Tensor.square_,
+) -> Tensor:
     """The sums of squares of the masked elements and of all, for pieces (tensor, mask) with this value where masked.
 
-    A tensor of two elements on the device, in float64 where it has that.
+    A tensor of two elements on the device, in float64 where it has that. ``change`` makes something else than squares
+    of the magnitudes.
     """
     try:
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -96,7 +102,7 @@ def squared_norms(pieces: Iterable[tuple[Tensor, Tensor]], masked: int, device: 
         sums = torch.zeros(2, dtype=torch.float32, device=device)
     for piece in pieces:
         for values, mask in chunks(*piece, share=8):  # in float64, twice
-            squares = values.abs().to(sums.dtype).square_()
+            squares = change(values.abs().to(sums.dtype))
             sums[1] += squares.sum()
             sums[0] += squares.mul_(mask == masked).sum()
     return sums

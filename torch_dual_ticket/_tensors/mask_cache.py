@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .dtensor import is_sharded, local_offset, placement
+from .dtensor import coordinates, is_sharded, local_offset
 from .kernels import INTEGER_OF_SIZE
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class MaskCache:
             and type(parameter) is nn.Parameter
         ):
             return cached.tensor
-        layout = (weight.device, weight.dtype, weight.shape, weight.stride(), *placement(parameter))
+        layout = (weight.device, weight.dtype, weight.shape, weight.stride(), *coordinates(parameter))
         with torch.inference_mode(False):  # a mask that is kept outlives an evaluation in inference mode
             if cached is not None and cached.layout == layout and cached.mask == mask:
                 tensor = cached.tensor

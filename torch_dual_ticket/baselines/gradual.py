@@ -178,11 +178,19 @@ class GradualPruning(RSTScheduler):
         """Go on where the saved one was. Load the model's and the optimizer's state too, before or after.
 
         Raises:
-            ValueError: not a state of this class, or one of other layers; nothing is changed then.
+            ValueError: not a state of this class, one of other layers, or of another kind (penalized, or with
+                ``max_penalty=0``) that was not finalized; nothing is changed then.
         """
         steps, pending, phase, _, report = check_state(state, self._ticket)
         if "chosen" not in state:
             raise ValueError("not a state_dict() of GradualPruning: it has no masks, under 'chosen'")
+        is_penalized, was_penalized = self._timeline.max_penalty > 0, phase == "transform"
+        if is_penalized != was_penalized and not report.layers:
+            kinds = ("is 0, with masks in force at once", "is positive, with masks that are penalized first")
+            raise ValueError(
+                f"max_penalty {kinds[is_penalized]}; in the state it {kinds[was_penalized]}: build GradualPruning with"
+                " the max_penalty of the saved one"
+            )
         masks = self._checked({name: mask.draw() for name, mask in of_state(state["chosen"]).items()})
         steps = min(steps, self._timeline.total)
         self._resume(masks, steps, phase, report if report.layers else None, pending=pending)

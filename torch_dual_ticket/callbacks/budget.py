@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from .._model.exclusions import check_exclusions
+from .._model.masked import check_given
+from .._model.targets import check_types
 from .._rst.schedule import check_integer, make_timeline
+from .._rst.validation import check_optimizer
 from ..masks.distributions import check_distribution, validate_sparsity
 from ..masks.patterns import implied_sparsity
 from ..scheduler import RSTScheduler
@@ -41,6 +45,11 @@ def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> No
     for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
         if value is not None:
             validate_sparsity(value)
+    check_types(given.arguments["targets"])
+    check_exclusions(given.arguments["exclude"])
+    check_optimizer(given.arguments["optimizer"])
+    if given.arguments["masks"] is not None:
+        check_given(given.arguments["masks"])
     implied_sparsity(pattern)
     check_distribution(distribution)
     if seed is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._engine.ticket import Ticket
 from .._model.names import unwrapped_parameters
-from .values import KeptValues, check_whole
+from .values import KeptValues, check_whole, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ class KeptParameters:
         if not ticket.holds or ticket.is_released:
             what = "was removed" if ticket.is_released else "is in the transformation, which needs all weights"
             raise RuntimeError(f"this {type(held).__name__} {what}: call KeptParameters after finalize()")
-        if ticket.kept is not None:
+        if values_of(ticket) is not None:
             raise RuntimeError(
                 f"this {type(held).__name__} has a KeptParameters already, which takes the gradients. Use that one, or"
                 " call remove() on it first."

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._engine.batch import Batch
+from .._engine.enforcement import Enforcement
 from .._engine.optimizer_hooks import register
-from .._engine.ticket import Phase, Stage, Ticket
+from .._engine.stage import Phase, Stage
+from .._engine.ticket import Ticket
 from .index import clear_masked_, kept_index
 from .weight import KeptWeight
 
@@ -45,47 +47,26 @@ class KeptValues(Ticket):
     def start(self) -> None:
         ticket = self._of()
         assert ticket is not None
-        ticket.kept = self  # the switch: what an interruption leaves undone here is done at the next update
+        ticket.enforcement = KeptEnforcement(self)  # the switch: what is not done then, is at the next update
         register(self)
         for managed, parameter in ticket.managed():
             ticket.connect(managed, parameter)
             managed.cache.drop()  # a byte for each weight
         ticket._managed = Batch([])  # which has them, too
-        self.gather_gradients()
+        for weight, parameter in self.sources():
+            weight.take_gradient(parameter)
 
     def stop(self) -> None:
         ticket = self._of()
         for weight, parameter in self.sources():
             weight.disconnect()
             weight.give_back(parameter)
-        if ticket is not None and ticket.kept is self:
-            ticket.kept = None
-
-    # -- what the source's ticket calls --------------------------------------------------------------------------------
-
-    def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
-        if managed.name in self.weights:
-            self.weights[managed.name].connect(parameter)
-
-    def gather_gradients(self) -> None:
-        for weight, parameter in self.sources():
-            weight.take_gradient(parameter)
-
-    def clear(self, batch: Batch, masks: Mapping[str, Mask]) -> None:
-        for managed, parameter in batch:
-            clear_masked_(parameter.data, kept_index(managed, masks[managed.name], parameter))
-
-    def refuse(self, optimizer: Optimizer | None, batch: Batch) -> None:
-        raise RuntimeError(
-            f"this {type(optimizer).__name__} has {batch[0][0].name}, whose gradients KeptParameters takes: it would"
-            " change nothing. Build it on kept.parameters(); or call kept.remove() to go on with all weights."
-        )
-
-    # -- what the hooks of optimizers call -----------------------------------------------------------------------------
+        if ticket is not None and values_of(ticket) is self:
+            ticket.enforcement = Enforcement()
 
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         ticket = self._of()
-        if ticket is None or ticket.kept is not self or not ticket.holds:
+        if ticket is None or values_of(ticket) is not self or not ticket.holds:
             raise RuntimeError(
                 f"this {type(optimizer).__name__} updates kept weights that are in no model any more: KeptParameters"
                 " was removed, or the masks are not in force. Build the optimizer on model.parameters(), and move its"
@@ -138,6 +119,40 @@ class KeptValues(Ticket):
         for weight in self.weights.values():
             weight.mask = masks[weight.name]
         self.stage = replace(self.stage, masks=masks)
+
+
+class KeptEnforcement(Enforcement):
+    """Gradients are taken, and none is masked; an index of the kept weights takes the place of masks."""
+
+    def __init__(self, values: KeptValues) -> None:
+        self.values = values
+
+    def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
+        if managed.name in self.values.weights:
+            self.values.weights[managed.name].connect(parameter)
+
+    def check_update(self, batch: Batch, optimizer: Optimizer | None) -> None:
+        raise RuntimeError(
+            f"this {type(optimizer).__name__} has {batch[0][0].name}, whose gradients KeptParameters takes: it would"
+            " change nothing. Build it on kept.parameters(); or call kept.remove() to go on with all weights."
+        )
+
+    def mask_gradients(self, batch: Batch, masks: Mapping[str, Mask], update: int) -> None:
+        for managed, parameter in batch:
+            if managed.name in self.values.weights:
+                self.values.weights[managed.name].take_gradient(parameter)
+
+    def clear(self, batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
+        for managed, parameter in batch:
+            clear_masked_(parameter.data, kept_index(managed, masks[managed.name], parameter))
+
+    def stop(self) -> None:
+        self.values.stop()
+
+
+def values_of(ticket: Ticket) -> KeptValues | None:
+    """The kept values of a ticket, where these are trained alone."""
+    return ticket.enforcement.values if isinstance(ticket.enforcement, KeptEnforcement) else None
 
 
 def check_whole(name: str, parameter: Tensor) -> None:

@@ -49,8 +49,8 @@ class Record:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of masked weights over all targets."""
-        return self.report.total.sparsity
+        """The fraction of targets that is zero: 0 in the transformation, whose masks are not applied yet."""
+        return self.report.total.sparsity if self.phase == "finetune" else 0.0
 
 
 class History:
@@ -90,10 +90,10 @@ class History:
         ...     history.record()
         >>> for record in history.records:
         ...     print(record.step, record.phase, f"λ={record.penalty:.2f}, sparsity {record.sparsity:.0%}")
-        1 transform λ=0.03, sparsity 90%
-        200 transform λ=3.35, sparsity 90%
-        400 transform λ=5.00, sparsity 90%
-        500 transform λ=5.00, sparsity 90%
+        1 transform λ=0.03, sparsity 0%
+        200 transform λ=3.35, sparsity 0%
+        400 transform λ=5.00, sparsity 0%
+        500 transform λ=5.00, sparsity 0%
         500 finetune λ=0.00, sparsity 90%
         600 finetune λ=0.00, sparsity 90%
     """
@@ -173,7 +173,7 @@ class History:
             scalars = {
                 "rst/penalty": record.penalty,
                 "rst/residual": total.residual,
-                "rst/sparsity": total.sparsity,
+                "rst/sparsity": record.sparsity,
                 "rst/masked_norm": total.masked_norm,
                 "rst/kept_norm": total.kept_norm,
                 **{f"rst_residual/{layer.name}": layer.residual for layer in record.report.layers},

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._engine.layer_hook import layer_hooks
 from .._engine.parameter import is_converted
-from .._engine.ticket import Phase, Ticket
+from .._engine.stage import Phase
+from .._engine.ticket import Ticket
 from .._model.coverage import why_dense
 from .._model.layout import input_dim_of
 from .._model.names import unwrapped_modules

@@ -513,7 +513,6 @@ def freeze(world: World, *, layer: int) -> None:
     if not thaws and len(world.frozen) + 1 == len(layers):
         return
     world.frozen ^= {name}
-    world.was_frozen = True
     for side in world.sides:
         side.model.get_submodule(name).requires_grad_(thaws)
         side.model.zero_grad(set_to_none=True)
@@ -527,6 +526,8 @@ CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
     "channels_last": lambda model: model.to(memory_format=torch.channels_last),
     "contiguous": lambda model: model.to(memory_format=torch.contiguous_format),
 }
+# Compiled code refers to parameters weakly, and torch 2.6 swaps no tensor to which anything does so.
+SWAPS_COMPILED = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 FUTURES = {
     "swap": (
         torch.__future__.get_swap_module_params_on_conversion,
@@ -553,6 +554,8 @@ def convert(world: World, *, how: str, future: str | None) -> None:
     if future == "overwrite" and not world.setup.kind.can_assign:
         future = None
     if future == "swap" and not world.setup.kind.sees_all:  # clipping would see the first gradient as it is
+        future = None
+    if future == "swap" and world.setup.compiles and not SWAPS_COMPILED:
         future = None
     world.synchronize()
     zero_gradients(world, "none")
@@ -703,8 +706,8 @@ def average(world: World, *, begins: bool) -> None:
         return
     for side in world.sides:
         if side.average is None or begins:
-            side.average = torch.optim.swa_utils.AveragedModel(side.model)
-        side.average.update_parameters(side.model)
+            side.begin_average()
+        side.update_average()
 
 
 @action(1)
@@ -741,4 +744,4 @@ def new_schedulers(world: World) -> None:
     world.mask_seeds, masks = world.choose_masks(next(world.fresh_seeds))
     world.mine.make_tickets(world.mask_seeds)
     world.theirs.make_tickets(masks)
-    world.saved = None
+    world.saved, world.was_ticket = None, True

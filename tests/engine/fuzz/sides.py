@@ -94,6 +94,13 @@ class Side:
         elif how == "value":
             nn.utils.clip_grad_value_(self.model.parameters(), 0.003)
 
+    def begin_average(self) -> None:
+        self.average = torch.optim.swa_utils.AveragedModel(self.model)
+
+    def update_average(self) -> None:
+        assert self.average is not None
+        self.average.update_parameters(self.model)
+
     def copy_model(self, how: str) -> None:
         """Go on with a copy of the model, and new optimizers with the states of the old ones."""
         states = self.optimizer_states()
@@ -231,6 +238,7 @@ class Explicit(Side):
     def __init__(self, setup: Setup, seed: int, masks: list[list[Masks]]) -> None:
         super().__init__(setup, seed)
         self.tickets: list[Ticket] = []
+        self.zeros_of_average: list[tuple[Tensor, Tensor]] = []
         self.make_tickets(masks)
         if not setup.optimizer_first:
             self.make_optimizers()
@@ -334,6 +342,19 @@ class Explicit(Side):
         ticket.has_handle = False
         if ticket.phase == "transform":
             ticket.phase = "gone"
+
+    def begin_average(self) -> None:
+        """A copy of a finalized model holds its zeros, whatever becomes of the original."""
+        super().begin_average()
+        assert self.average is not None
+        held = [ticket for ticket in self.tickets if ticket.phase == "finetune"]
+        self.zeros_of_average = [pair for ticket in held for pair in ticket.of(self.average.module)]
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        super().update_average()
+        for parameter, masked in self.zeros_of_average:
+            parameter.masked_fill_(masked, 0)
 
     @torch.no_grad()
     def apply_masks(self, index: int, model: nn.Module) -> None:

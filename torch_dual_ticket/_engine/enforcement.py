@@ -1,0 +1,65 @@
+"""How masked weights are held at zero: by masks on their gradients, and on themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._tensors.kernels import bits, clear_, clear_all_
+from .parameter import MARK, ManagedParameter, is_treated, note_treated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.optim import Optimizer
+
+    from ..masks.mask import Mask
+    from .batch import Batch
+
+
+class Enforcement:
+    """The usual way; a subclass has another one."""
+
+    def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
+        """The tensor is a new one of this parameter."""
+
+    def check_update(self, batch: Batch, optimizer: Optimizer | None) -> None:
+        """``RuntimeError`` if an optimizer that has these parameters must not update them."""
+
+    @torch.no_grad()
+    def mask_gradients(self, batch: Batch, masks: Mapping[str, Mask], update: int) -> None:
+        """Set the gradients of the masked weights to zero, where that is not done yet for this update."""
+        grads: list[Tensor] = []
+        kept: list[Tensor] = []
+        others: list[tuple[ManagedParameter, Tensor, Tensor]] = []
+        for (one, parameter), mask in zip(batch, batch.masks(masks, holds=True), strict=True):
+            grad = parameter.grad
+            if grad is None or (MARK in grad.__dict__ and is_treated(grad, update)):
+                continue
+            if mask is None or type(grad) is not Tensor or grad.is_sparse:
+                others.append((one, parameter, grad))
+            else:
+                grads.append(grad)
+                kept.append(mask)
+        clear_all_([bits(grad) for grad in grads], kept)
+        clear_(
+            (part, mask)
+            for one, parameter, grad in others
+            for part, _, mask in one.gradient_pieces(masks[one.name], parameter, grad, holds=True)
+        )
+        note_treated([*grads, *(p.grad for _, p, _ in others if p.grad is not None)], update)
+
+    @torch.no_grad()
+    def clear(self, batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
+        """Set the masked weights to zero; backward() does not notice changes that are not ``counted``."""
+        found = batch.masks(masks, holds=True)
+        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
+        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
+        clear_all_(weights, [kept for _, kept in simple])
+        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
+        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
+
+    def stop(self) -> None:
+        """The ticket is being released."""
