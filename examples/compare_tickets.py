@@ -12,16 +12,17 @@ methods (names as in the tables):
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
   L1-RST              train plainly for --delay, then transform the mask of the largest weights, mask, finetune
-  GMP-RST             the same with a mask that grows while it is transformed
+  L1-RST-norm         the same with BatchNorm's weights behind masked filters (--pattern filter)
+  GMP-RST             L1-RST with a mask that grows while it is transformed
   RST                 train under a growing penalty on the weights of a random mask, mask, finetune
   RST-ERK             the same, with more weights kept in small layers
   RST-iter            RST in several cycles, with nested masks
 
 What is kept equal: the total number of updates (scratch-short alone has fewer), the initial weights and the order of
 the batches of a seed, which layers stay dense, the optimizer, and how many learning rates a method may try. The rate of
-the dense stretches is the best one for the dense network; the rate of the last stretch is chosen for each method and
-sparsity. Both are chosen on the validation part, with separate seeds. The test part is looked at once in a run,
-after its last update.
+the dense stretches is the best one for the dense network; the rate of the last stretch (with --rate-from delay, of all
+that follows the plain training) is chosen for each method and sparsity. Both are chosen on the validation part, with
+separate seeds. The test part is looked at once in a run, after its last update.
 
 Every finished run is a line in OUT/records.jsonl. The same command again makes only the runs that are missing.
 """
@@ -44,7 +45,7 @@ import torch.distributed as dist
 from comparison.cells import Cell
 from comparison.data import contents
 from comparison.engines import choose
-from comparison.methods import GMP_INTERVALS, SEARCHES, with_its_own
+from comparison.methods import GMP_INTERVALS, PENALIZED, SEARCHES, with_its_own
 from comparison.models import MODELS
 from comparison.options import MAGNITUDES, TUNING_SEED, parse
 from comparison.progress import ProgressBar
@@ -99,6 +100,7 @@ class Comparison:
                 max_penalty=ceiling,
                 hold=o.hold,
                 delay=o.delay,
+                rate_from=o.rate_from,
                 pattern=o.pattern,
                 optimizer=o.optimizer or "",
                 recalibrate=o.recalibrate,
@@ -141,7 +143,8 @@ class Comparison:
         groups: dict[Cell, list[Cell]] = {}
         for row in rows:
             same = replace(row, max_penalty=0.0) if self.options.choose_penalty else row
-            groups.setdefault(same, []).extend(replace(row, rate=rate) for rate in self.options.rates)
+            rates = self.options.rates if row.method in PENALIZED else self.options.rates_without_penalty
+            groups.setdefault(same, []).extend(replace(row, rate=rate) for rate in rates)
         return list(groups.values())
 
     def choose(self, rows: list[Cell]) -> dict[Cell, Cell]:
@@ -190,9 +193,12 @@ def subject(options: argparse.Namespace) -> str:
 def description(options: argparse.Namespace, command: list[str], report: Report) -> str:
     data = load(options.data, options.data_dir, torch.device("cpu"), options.pixels)
     sizes = ", ".join(f"{name} {size:,}" for name, size in data.sizes.items())
-    trials, separate = ", ".join(f"{rate:g}" for rate in options.rates), options.tuning_seeds
-    trials = f"learning rate {trials}" if len(options.rates) == 1 else f"the best of the learning rates {trials}"
-    if len(options.rates) > 1:
+    rates, others = options.rates, options.rates_without_penalty
+    trials, separate = ", ".join(f"{rate:g}" for rate in rates), options.tuning_seeds
+    trials = f"learning rate {trials}" if len(rates) == 1 else f"the best of the learning rates {trials}"
+    if others != rates:
+        trials += f" (methods without a penalty: {', '.join(f'{rate:g}' for rate in others)})"
+    if len(rates) > 1 or len(others) > 1:
         trials += f", tried with {separate} separate seed{'s' * (separate > 1)} on the validation part"
     pixels = f", averaged to {options.pixels} × {options.pixels} pixels" if options.pixels else ""
     again = (
@@ -200,7 +206,11 @@ def description(options: argparse.Namespace, command: list[str], report: Report)
     )
     delayed = f", after the first {options.delay:.0%} of the search" if options.delay else ""
     decayed = "" if options.weight_decay is None else f", weight decay {options.weight_decay:g}"
-    pattern = "" if options.pattern == "unstructured" else f", {options.pattern} along the input dimension"
+    own = "the last stretch of training"
+    if options.rate_from == "delay":
+        own += ", and of the one before it, in which GMP prunes and RST penalizes"
+    patterns = {"unstructured": "", "filter": ", whole filters"}
+    pattern = patterns.get(options.pattern, f", {options.pattern} along the input dimension")
     anew = f" on {options.recalibrate} training batches" if options.recalibrate else ", not measured anew"
     ceilings = (", or " if options.choose_penalty else " and ").join(f"{p:g}" for p in options.max_penalties)
     if options.choose_penalty:
@@ -224,7 +234,7 @@ def description(options: argparse.Namespace, command: list[str], report: Report)
   differences between runs of one seed at one sparsity, with the interval of their mean.
 - Training FLOPs: three forward passes per update, where masked weights cost nothing while they are held at zero. In
   brackets: relative to dense training.{masked * report.knows_masked}
-- Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of the last stretch of training.
+- Sparsity is that of the layers that are pruned{pattern}. Rate: learning rate of {own}.
 - Python {platform.python_version()}, torch {torch.__version__}, {options.device.type}, autocast {options.autocast},
   compile {"on" if options.compile else "off"}.
 """

@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-penalties", nargs="+", type=float, default=[1.0])
     add("--holds", nargs="+", type=float, default=[0.2], help="part of a cycle at the ceiling")
     add("--delays", nargs="+", type=float, default=[0.0], help="part of the search before penalty or GMP begins")
+    add("--rate-from", choices=("mask", "delay"), default="mask", help="see compare_tickets.py")
     add("--cycles", type=int, default=3)
     add("--optimizer", choices=OPTIMIZERS, help="default: sgd, and adamw for char-transformer")
     text = "of the optimizer where a stretch of training begins; default: new where its learning rate starts again"
@@ -90,6 +91,7 @@ def settings(options: argparse.Namespace) -> list[Cell]:
             max_penalty=ceiling,
             hold=hold,
             delay=delay,
+            rate_from=options.rate_from,
             pattern=options.pattern,
             optimizer=options.optimizer or "",
             optimizer_state=state,

@@ -25,8 +25,9 @@ class Cell:
     max_penalty: float = 0.0
     hold: float = 0.0  # part of a cycle in which the penalty stays at its ceiling
     delay: float = 0.0  # part of the search that is plain training, before the penalty or GMP's pruning begins
+    rate_from: str = "mask"  # where `rate` begins: at the "mask", or after the "delay", to choose how the mask is made
     anneal: str = "each"  # whether the learning rate falls in "each" stretch of training, or "once" over all
-    pattern: str = "unstructured"  # of the mask, or "n:m"
+    pattern: str = "unstructured"  # of the mask, or "n:m", or "filter"
     optimizer: str = ""  # "" is the one of the model's recipe
     optimizer_state: str = ""  # "new" or "kept" where a stretch begins; "": new where its learning rate starts again
     decay: str = "cosine"  # how the learning rate falls in a stretch: "cosine" after a warm-up, or in "steps"

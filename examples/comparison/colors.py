@@ -15,6 +15,7 @@ COLORS = {
     "LTH-iter": "mediumpurple",
     "random-after-dense": "0.6",
     "L1-RST": "darkcyan",
+    "L1-RST-norm": "turquoise",
     "GMP-RST": "tab:pink",
     "RST": "tab:blue",
     "RST-ERK": "navy",

@@ -32,7 +32,9 @@ class FlopCount:
         saved = 0.0
         for name, mask in masks.items():
             pruned = 1 - float(mask.float().mean())
-            saved += pruned * self._of_layer.get(name.rpartition(".")[0], 0)  # attention calls no out_proj
+            saved += pruned * self._of_layer.get(
+                name.rpartition(".")[0], 0
+            )  # attention calls no out_proj; norms have none
         return self.dense - saved
 
     def training(self, updates: int, batch: int, masks: Mapping[str, Tensor]) -> float:

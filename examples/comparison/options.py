@@ -14,13 +14,13 @@ from .data import DATA
 from .methods import EXTRA, METHODS, PAPER, WITH_PATTERN
 from .models import MODELS, OPTIMIZERS
 from .recipe import RecipeError, read_recipe
-from .training import load
+from .training import forget, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
-PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75}  # and the sparsity that each means
+PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75, "filter": None}  # and what sparsity each means
 MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
 
 
@@ -86,6 +86,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     budget("--optimizer", choices=OPTIMIZERS, help="default: sgd, and adamw for char-transformer")
     text = "learning rates that each method may choose from; default: the recipe's, or three, by optimizer"
     budget("--rates", nargs="+", type=above_zero, metavar="R", help=text)
+    text = "those of methods without a penalty: with --choose-penalty, as many as others have of both; default: --rates"
+    budget("--rates-without-penalty", nargs="+", type=above_zero, metavar="R", help=text)
     text = (
         "each: the learning rate rises and falls in each stretch of training, with a new optimizer; once: over the"
         " search and the training of the ticket together, except for LTH, which starts again; default: each"
@@ -116,6 +118,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     how("--hold", type=between(0, 1), default=0.2, metavar="F", help=text)
     text = "part of the search that GMP and all forms of RST train plainly before they begin; default: 0"
     how("--delay", type=between(0, 1), default=0.0, metavar="F", help=text)
+    text = "where the rate that is chosen for each method begins: at the mask, or after the delay; default: mask"
+    how("--rate-from", choices=("mask", "delay"), default="mask", help=text)
     text = "measure BatchNorm's statistics anew on N training batches just after a mask; default: 0, not at all"
     how("--recalibrate", type=at_least(0), default=0, metavar="N", help=text)
 
@@ -160,13 +164,14 @@ def sparsities_of(
     parser: argparse.ArgumentParser, options: argparse.Namespace, default: Sequence[float] = (0.9, 0.95, 0.98)
 ) -> list[float]:
     """Those that were given, or follow from the pattern, where the methods have it."""
+    without = [method for method in options.methods if method not in WITH_PATTERN]
+    if options.pattern != "unstructured" and without:
+        parser.error(f"--pattern {options.pattern} is not for {', '.join(without)}: name others with --methods")
     implied = PATTERNS[options.pattern]
     if implied is None:
         return options.sparsity or list(default)
     if any(sparsity != implied for sparsity in options.sparsity or ()):
         parser.error(f"--pattern {options.pattern} means a sparsity of {implied:g}: leave out --sparsity")
-    if without := [method for method in options.methods if method not in WITH_PATTERN]:
-        parser.error(f"--pattern {options.pattern} is not for {', '.join(without)}: name others with --methods")
     return [implied]
 
 
@@ -190,12 +195,13 @@ def parse(
             parser.error("--weight-decay: give it to the optimizer in optimizer() of the recipe")
         options.data = options.model = added
         options.data_dir = options.recipe
-        load.cache_clear()  # an earlier recipe may have had this name
+        forget()
     options.data, options.model = options.data or "digits", options.model or "lenet-300-100"
     recipe = MODELS[options.model]
     optimizer = OPTIMIZERS[options.optimizer or recipe.optimizer]
     own_rates = () if options.optimizer else recipe.rates
     options.rates = sorted(set(options.rates or own_rates or optimizer.rates))
+    options.rates_without_penalty = sorted(set(options.rates_without_penalty or options.rates))
     if options.weight_decay == optimizer.weight_decay:
         options.weight_decay = None  # or equal runs would count as different ones
     options.sparsity = sparsities_of(parser, options)
@@ -214,6 +220,8 @@ def parse(
         parser.error("--engine ray needs Ray: pip install '.[ray]'")
     if options.batch % ranks:
         parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
+    if options.rate_from == "delay" and (not options.delay or options.anneal == "once"):
+        parser.error("--rate-from delay needs a --delay, and --anneal each")
     if options.pattern != "unstructured" and options.magnitude != "uniform":
         parser.error(f"--magnitude {options.magnitude} is for --pattern unstructured")
     search = round(options.search * options.updates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 WARM_UP = 0.05  # part of each stretch in which its learning rate rises, before it falls along a cosine
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# What decides, with its length and its rate, how a stretch of plain training from initialization ends.
+DECISIVE = ("data", "contents", "pixels", "model", "seed", "batch", "optimizer", "decay", "weight_decay")
+DECISIVE += ("autocast", "compile", "ranks")
+REMEMBERED = 8  # ends of such stretches, in each process
+_ends: dict[tuple[Any, ...], dict[str, Any]] = {}  # the one that was used last is the last
 
 
 @functools.lru_cache(maxsize=1)
@@ -39,6 +45,12 @@ def load(name: str, folder: Path | None, device: torch.device, pixels: int = 0) 
         read_recipe(folder)
     data = DATA[name](folder)
     return (data.averaged(pixels) if pixels else data).to(device)
+
+
+def forget() -> None:
+    """Read and train anew what an earlier recipe of the same name has left in memory."""
+    load.cache_clear()
+    _ends.clear()
 
 
 class Job:
@@ -82,6 +94,11 @@ class Job:
         """What is held at zero now: nothing while RST is in its transformation."""
         return {} if self.ticket is None or getattr(self.ticket, "phase", "") == "transform" else self.ticket.masks
 
+    @property
+    def search_rate(self) -> float:
+        """Of what comes between the plain training and the mask."""
+        return self.cell.rate if self.cell.rate_from == "delay" else self.cell.dense_rate
+
     def train_delay(self) -> None:
         """The plain training before a method's own way to its mask begins."""
         if updates := round(self.cell.delay * self.search):
@@ -95,8 +112,12 @@ class Job:
         self.masked = accuracy(self.model, self.data, "validation")
 
     def train(self, updates: int, rate: float, after_update: Callable[[], None] | None = None) -> None:
-        """A stretch of training, with its own optimizer and learning-rate schedule unless all share one."""
+        """A stretch of training, with its own optimizer and learning-rate schedule unless all share one.
+
+        Many runs begin with the same plain training: where it was made before, its end is taken from memory.
+        """
         masks = dict(self.masks)
+        is_plain = self.ticket is None and after_update is None and not any(self.done.values())
         first, last = 0, updates
         if self.cell.anneal == "once":
             first, last, rate = sum(self.done.values()), self.cell.updates, self.cell.rate
@@ -108,6 +129,9 @@ class Job:
             decay = chosen.weight_decay if decay is None else decay
             self._optimizer = chosen.build(self.model.parameters(), lr=rate, weight_decay=decay)
         optimizer = self._optimizer
+        key = (*(getattr(self.cell, name) for name in DECISIVE), self.device, updates, last, rate)
+        if is_plain and self._goes_on_from(key, updates):
+            return
         half = DTYPES.get(self.cell.autocast)
         scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
         for update in range(updates):
@@ -125,6 +149,34 @@ class Job:
             if update % 50 == 49:
                 self.advance(50)
         self.advance(updates % 50)
+        if is_plain:
+            self._remember(key)
+
+    @property
+    def _random(self) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+        """How the states of torch's generators are read and put back: a recipe's dropout draws from them."""
+        cuda = [(torch.cuda.get_rng_state, torch.cuda.set_rng_state)] if self.device.type == "cuda" else []
+        return [(torch.get_rng_state, torch.set_rng_state), *cuda]
+
+    def _remember(self, key: tuple[Any, ...]) -> None:
+        end = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        _ends[key] = copy.deepcopy(end) | {"random": [draw() for draw, _ in self._random]}
+        while len(_ends) > REMEMBERED:
+            del _ends[next(iter(_ends))]
+
+    def _goes_on_from(self, key: tuple[Any, ...], updates: int) -> bool:
+        """Put everything where it was at the end of that stretch, if one is remembered."""
+        if key not in _ends:
+            return False
+        end = _ends[key] = _ends.pop(key)
+        self.model.load_state_dict(end["model"])
+        self._optimizer.load_state_dict(copy.deepcopy(end["optimizer"]))  # which else would share its tensors
+        for _ in range(updates):
+            next(self._batches)
+        for (_, put), state in zip(self._random, end["random"], strict=True):
+            put(state)
+        self.advance(updates)
+        return True
 
 
 @torch.no_grad()

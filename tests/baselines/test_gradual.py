@@ -110,6 +110,26 @@ def test_two_of_four_is_complete_at_the_end_and_nested_before(intervals):
     assert len(set(levels)) == min(intervals, 6) + (intervals < 6)
 
 
+@pytest.mark.parametrize("max_penalty", [0, 1.0])
+def test_filters_are_chosen_whole(max_penalty):
+    """By the sums of their magnitudes at that time, and what was chosen stays so."""
+    model = make(mlp)
+    pruning = GradualPruning(model, 0.5, 10, pattern="filter", intervals=4, max_penalty=max_penalty, exclude=["4"])
+    optimizer = sgd(model)
+    for index in range(10):
+        before = dict(pruning.masks)
+        train(model, pruning, 1, optimizer, first=index)
+        for name, mask in pruning.masks.items():
+            kept, earlier = mask.all(1), before[name].all(1)
+            assert torch.equal(kept, mask.any(1))
+            assert not (kept & ~earlier).any()
+            sums = model.get_parameter(name).detach().abs().sum(1)
+            if not torch.equal(kept, earlier) and max_penalty:  # else they are zero already
+                assert sums[kept].min() >= sums[earlier & ~kept].max()
+    pruning.finalize()
+    assert [float(mask.float().mean()) for mask in pruning.masks.values()] == [0.5, 0.5]
+
+
 @pytest.mark.filterwarnings("ignore:80.00 % of the weights to prune were exactly zero")  # of the first pruning
 def test_scores_are_asked_for_each_time():
     """Movement: what training makes smaller goes first."""
@@ -253,7 +273,7 @@ def test_it_is_taken_like_a_scheduler(tmp_path):
         ({"sparsity": 0.0}, ValueError, "nothing to prune"),
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1"),
         ({"intervals": 0}, ValueError, "intervals must be an integer of at least 1"),
-        ({"pattern": "filter"}, ValueError, "weight by weight"),
+        ({"pattern": "block:5x5"}, ValueError, "not a multiple of 5"),
         ({"distribution": "local"}, ValueError, "unknown distribution"),
         ({"pattern": "2:4", "sparsity": 0.7}, ValueError, r"means a sparsity of 0\.5"),
         ({"max_penalty": -1.0}, ValueError, "max_penalty"),

@@ -1,4 +1,4 @@
-"""Of every m weights along the input dimension the n largest stay."""
+"""Of every m weights along the input dimension the n largest stay; of blocks, filters and channels the largest sums."""
 
 import itertools
 
@@ -11,10 +11,10 @@ from torch_dual_ticket import RSTScheduler
 from torch_dual_ticket.baselines import hold, magnitude_masks
 
 LAYERS = {
-    "linear": (lambda: nn.Linear(12, 5), 1),
-    "conv1d": (lambda: nn.Conv1d(12, 5, 3), 1),
-    "conv2d": (lambda: nn.Conv2d(12, 5, 3), 1),
-    "transposed": (lambda: nn.ConvTranspose2d(12, 5, 3), 0),
+    "linear": (lambda outputs=5: nn.Linear(12, outputs), 1),
+    "conv1d": (lambda outputs=5: nn.Conv1d(12, outputs, 3), 1),
+    "conv2d": (lambda outputs=5: nn.Conv2d(12, outputs, 3), 1),
+    "transposed": (lambda outputs=5: nn.ConvTranspose2d(12, outputs, 3), 0),
 }
 
 
@@ -34,6 +34,36 @@ def test_the_largest_of_each_group_stay(layer, pattern):
         for first in range(0, len(column), m):
             group = column[first : first + m].abs()
             assert kept[first : first + m].nonzero().flatten().tolist() == sorted(group.topk(n).indices.tolist())
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:1x3", "block:2x4"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_units_of_the_largest_sums_stay(layer, pattern, dtype):
+    build, inputs = LAYERS[layer]
+    torch.manual_seed(0)
+    module = build(outputs=6).to(dtype)
+    rows, columns = {"filter": (1, 12), "channel": (6, 1)}.get(pattern) or map(int, pattern[6:].split("x"))
+    mask = magnitude_masks(module, 0.5, pattern=pattern)["weight"]
+    assert mask.is_contiguous()
+    weight, mask = (t.detach().movedim(inputs, 1).flatten(2) for t in (module.weight.unsqueeze(-1), mask.unsqueeze(-1)))
+    tiled = pattern.startswith("block")  # a block is one of each position of the kernel, the others of all
+    sums = []
+    for row, column in itertools.product(range(0, 6, rows), range(0, 12, columns)):
+        for position in range(weight.shape[2]) if tiled else [slice(None)]:
+            unit = (slice(row, row + rows), slice(column, column + columns), position)
+            sums.append((weight[unit].double().abs().sum().item(), mask[unit].unique().tolist()))
+    ordered = [kept for _, kept in sorted(sums)]
+    assert ordered == [[False]] * round(len(sums) / 2) + [[True]] * (len(sums) - round(len(sums) / 2))
+
+
+def test_masked_filters_are_removed_before_all_and_of_equal_ones_the_first():
+    model = nn.Linear(3, 4)
+    nn.init.ones_(model.weight)
+    assert magnitude_masks(model, 0.5, pattern="filter")["weight"].all(1).tolist() == [False, False, True, True]
+    earlier = {"weight": torch.tensor([True, True, True, False])[:, None].expand(4, 3)}
+    masks = magnitude_masks(model, 0.5, pattern="filter", within=earlier)
+    assert masks["weight"].all(1).tolist() == [False, True, True, False]
 
 
 def test_of_equal_magnitudes_the_first_are_removed_and_masked_ones_before_all():
@@ -60,7 +90,8 @@ def test_the_masks_have_the_pattern_and_can_be_held():
         ({"pattern": "2:5"}, "not a multiple of 5"),
         ({"pattern": "2:4", "distribution": "global"}, "distribution='global' is not possible"),
         ({"pattern": "2:4", "distribution": "erk"}, "distribution='erk' is not possible"),
-        ({"pattern": "filter"}, "unstructured or n:m, not pattern='filter'"),
+        ({"pattern": "filter", "distribution": "global"}, "distribution='global' is not possible"),
+        ({"pattern": "block:5x5"}, "not a multiple of 5"),
         ({"pattern": "4:2"}, "unknown pattern '4:2'"),
     ],
 )

@@ -34,7 +34,7 @@ from comparison.records import Records
 from comparison.report import Report
 from comparison.training import share_of_rate
 from matplotlib.figure import Figure
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
@@ -55,6 +55,12 @@ CELL = Cell(
     magnitude="global",
 )
 PENALTY = {"schedule": "linear", "max_penalty": 1.0, "hold": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered(monkeypatch):
+    """Updates are counted here: none is to be left out because an earlier run has made it."""
+    monkeypatch.setattr(training, "REMEMBERED", 0)
 
 
 def cell(method, **changes):
@@ -183,6 +189,23 @@ def test_the_penalty_may_begin_later(monkeypatch):
     assert (result["dense_updates"], result["sparse_updates"]) == (20, 20)
 
 
+@pytest.mark.parametrize("method", sorted(DELAYED - {"RST-iter"}))
+def test_the_chosen_rate_may_begin_after_the_delay(method):
+    rates = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        for rate_from in ("mask", "delay"):
+            training.run_cell(cell(method, delay=0.5, rate_from=rate_from), None, CPU)
+    finally:
+        handle.remove()
+    ten = [share_of_rate((update + 1) / 11) for update in range(10)]
+    twenty = [share_of_rate((update + 1) / 21) for update in range(20)]
+    for first, second in ((0, CELL.dense_rate), (CELL.updates, CELL.rate)):
+        expected = [share * CELL.dense_rate for share in ten] + [share * second for share in ten]
+        assert rates[first : first + CELL.updates] == expected + [share * CELL.rate for share in twenty]
+    assert with_its_own(cell("L1", delay=0.5, rate_from="delay")) == with_its_own(cell("L1"))
+
+
 def test_gradual_pruning_takes_more_and_more_of_the_smallest_and_holds_them(monkeypatch):
     zeros, lefts = [], []
 
@@ -196,7 +219,7 @@ def test_gradual_pruning_takes_more_and_more_of_the_smallest_and_holds_them(monk
         return hold(model, masks)
 
     monkeypatch.setattr(methods, "hold", note_weights)
-    handle = register_optimizer_step_post_hook(note)
+    handle = register_optimizer_step_pre_hook(note)
     try:
         training.run_cell(cell("GMP", updates=200, search=0.7, delay=3 / 7, magnitude="uniform"), None, CPU)
     finally:
@@ -251,15 +274,60 @@ def test_what_is_chosen_by_magnitude_is_chosen_after_the_plain_training(monkeypa
     assert at_once["residual"] > 0 < gradual["residual"]
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "filter"])
 @pytest.mark.parametrize("method", sorted(WITH_PATTERN - {"dense"}))
-def test_masks_of_a_pattern_leave_two_of_four(method, monkeypatch):
+def test_masks_of_a_pattern_leave_half(method, pattern, monkeypatch):
     models = []
     monkeypatch.setattr(training, "accuracy", lambda model, *_: models.append(model) or 50.0)
-    run = cell(method, pattern="2:4", sparsity=0.5, magnitude="uniform", model="convnet", pixels=4, updates=20)
+    run = cell(method, pattern=pattern, sparsity=0.5, magnitude="uniform", model="convnet", pixels=4, updates=20)
     assert training.run_cell(run, None, CPU)["achieved_sparsity"] == 0.5
     for layer in (models[-1][3], models[-1][6], models[-1][9]):
-        kept = (layer.weight != 0).float().unflatten(1, (-1, 4)).sum(2)
-        assert (kept == 2).all()
+        kept = layer.weight != 0
+        if pattern == "2:4":
+            assert (kept.float().unflatten(1, (-1, 4)).sum(2) == 2).all()
+        else:
+            assert kept.all((1, 2, 3)).sum() == (~kept).all((1, 2, 3)).sum() == len(kept) / 2
+
+
+@pytest.mark.parametrize(("model", "layers"), [("convnet", 3), ("resnet8", 6)])
+def test_norms_behind_masked_filters_are_penalized_with_them(model, layers, monkeypatch):
+    built = []
+    build = methods.RSTScheduler.__init__
+    monkeypatch.setattr(methods.RSTScheduler, "__init__", lambda *a, **k: built.append(a) or build(*a, **k))
+    run = cell("L1-RST-norm", pattern="filter", sparsity=0.5, magnitude="uniform", model=model, pixels=4, updates=20)
+    training.run_cell(run, None, CPU)
+    [(rst, network)] = built
+    assert len(rst.masks) == 3 * layers
+    for name, mask in rst.masks.items():
+        if mask.dim() == 4:
+            layer = name.removesuffix(".weight")
+            norm = str(int(layer) + 1) if model == "convnet" else layer.replace("conv", "norm")
+            for key in ("weight", "bias"):
+                parameter = f"{norm}.{key}"
+                assert torch.equal(rst.masks[parameter], mask.flatten(1).any(1))
+                assert not network.get_parameter(parameter)[~rst.masks[parameter]].any()
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("filter", 0.75)])
+def test_gradual_pruning_of_a_pattern_grows_until_the_search_ends(pattern, sparsity):
+    zeros = []
+
+    def note(optimizer, *_):
+        zeros.append([p == 0 for group in optimizer.param_groups for p in group["params"] if p.dim() == 4][1:])
+
+    run = cell("GMP", pattern=pattern, sparsity=sparsity, magnitude="uniform", model="convnet", pixels=4)
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        result = training.run_cell(replace(run, updates=200, search=0.7, delay=3 / 7), None, CPU)
+    finally:
+        handle.remove()
+    sparsities = [float(torch.cat([z.flatten() for z in now]).float().mean()) for now in zeros]
+    # 60 updates of plain training, and then a mask after every fourth of 80; an update shows the mask before it.
+    for update, now in enumerate(sparsities, 1):
+        progress = min(1, max(0, update - 61) // 4 * 4 / 80)
+        assert now == pytest.approx(sparsity * (1 - (1 - progress) ** 3), abs=0.02), update
+    assert all(bool((z[i] | ~before[i]).all()) for before, z in itertools.pairwise(zeros) for i in range(3))
+    assert (result["dense_updates"], result["sparse_updates"]) == (140, 60)
 
 
 def test_an_optimizer_other_than_the_recipes_can_be_chosen(monkeypatch):
@@ -379,6 +447,42 @@ def test_runs_of_one_seed_share_initial_weights_batches_and_random_mask(monkeypa
 def test_a_run_is_reproducible():
     first, second = (training.run_cell(cell("RST-iter"), None, CPU) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+@pytest.mark.parametrize(("anneal", "optimizer"), [("each", "sgd"), ("once", "adamw")])
+def test_a_remembered_beginning_changes_no_result(anneal, optimizer, monkeypatch):
+    steps, ends = [], []
+
+    def note(model, data, part):
+        if part == "test":
+            ends.append(copy.deepcopy(model.state_dict()))
+        return accuracy(model, data, part)
+
+    monkeypatch.setattr(training, "accuracy", note)
+    usual = {"anneal": anneal, "optimizer": optimizer, "rate": 0.01, "dense_rate": 0.02}
+    convnet = {**usual, "model": "convnet", "pixels": 4, "magnitude": "uniform", "delay": 0.5}  # BatchNorm has buffers
+    runs = [cell(method, **convnet, seed=seed) for seed in (0, 1) for method in ("RST", "GMP", "L1-RST", "GMP-RST")]
+    runs += [cell(method, **usual) for method in ("L1", "dense", "random-after-dense", "RST", "LTH")]
+    runs += [cell("dense", **usual | {"rate": 0.03}), cell("L1", **usual | {"updates": 42})]  # which begin otherwise
+
+    def run_all():
+        steps.clear()
+        results = [{**training.run_cell(run, None, CPU), "seconds": 0} for run in runs]
+        return results, len(steps)
+
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        results, count = run_all()
+        monkeypatch.setattr(training, "REMEMBERED", 3)
+        again, fewer = run_all()
+    finally:
+        handle.remove()
+        training._ends.clear()
+    assert again == results
+    assert len(ends) == 2 * len(runs)
+    for end, same in zip(ends, ends[len(runs) :], strict=False):
+        assert all(map(torch.equal, end.values(), same.values()))
+    assert count - fewer == 2 * 3 * 10 + 20  # three of four go on from the first's delay, one ticket from L1's training
 
 
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
@@ -715,6 +819,19 @@ def test_a_penalty_is_chosen_with_the_learning_rate_on_validation_data(tmp_path)
         assert made == {max(tried, key=tried.get)}
 
 
+def test_methods_without_a_penalty_may_try_as_many_rates_as_others_have_rates_and_ceilings(tmp_path):
+    arguments = ("--methods", "L1", "RST", "--max-penalties", "0.1", "1", "--choose-penalty", "--seeds", "1")
+    rates = ("--rates", "0.01", "0.1", "--rates-without-penalty", "0.01", "0.03", "0.1", "0.2")
+    table = run_command(tmp_path, *arguments, *rates)
+    text = "rates 0.01, 0.1 (methods without a penalty: 0.01, 0.03, 0.1, 0.2), tried with 1 separate seed on"
+    assert text in " ".join(table.split())
+    tried = [cell for cell in Records(tmp_path / "records.jsonl").results if cell.tuning]
+    assert sorted(cell.rate for cell in tried if cell.method == "L1") == [0.01, 0.03, 0.1, 0.2]
+    assert sorted((cell.rate, cell.max_penalty) for cell in tried if cell.method == "RST") == [
+        *((0.01, 0.1), (0.01, 1.0), (0.1, 0.1), (0.1, 1.0)),
+    ]
+
+
 def test_settings_are_searched_on_validation_data(tmp_path, monkeypatch, capsys):
     arguments = [
         "--methods",
@@ -786,9 +903,11 @@ def test_a_search_asks_what_else_may_matter(tmp_path, monkeypatch, capsys):
 def test_a_comparison_says_what_is_not_usual(tmp_path):
     arguments = ["--methods", "L1", "GMP", "RST", "--optimizer", "adamw", "--delay", "0.5", "--seeds", "1"]
     arguments += ["--model", "convnet", "--pixels", "4", "--recalibrate", "2", "--rates", "0.001"]
+    arguments += ["--rate-from", "delay"]
     table = run_command(tmp_path, *arguments)
     assert "Optimizer: adamw. BatchNorm after a mask: statistics on 2 training batches" in table
     assert "GMP prunes 20 times, after the first 50% of the search" in table
+    assert "last stretch of training, and of the one before it" in " ".join(table.split())
     for cell in Records(tmp_path / "records.jsonl").results:
         assert (cell.optimizer, cell.recalibrate, cell.delay) == ("adamw", 2, 0.5 if cell.method in DELAYED else 0)
     arguments = ["--methods", "L1", "RST", "--pattern", "2:4", "--seeds", "1", "--rates", "0.1", "--updates", "40"]
@@ -796,6 +915,11 @@ def test_a_comparison_says_what_is_not_usual(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "that are pruned, 2:4 along the input dimension" in table
     assert [row["sparsity"] for row in rows_of(table)] == ["50 %"] * 2
+    arguments = ["--methods", "L1", "GMP", "--pattern", "filter", "--seeds", "1", "--rates", "0.1", "--updates", "40"]
+    compare_tickets.main([*arguments, "--sparsity", "0.25", "--out", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert "that are pruned, whole filters" in " ".join(table.split())
+    assert [row["sparsity"] for row in rows_of(table)] == ["25 %"] * 2
 
 
 def test_records_from_before_the_newer_fields_are_still_known():
@@ -958,9 +1082,12 @@ def is_running(pid):
         (["--sparsity", "90"], "between 0 and 1"),
         (["--updates", "40", "--cycles", "5"], "too few"),
         (["--updates", "100", "--delay", "0.95"], "too few"),
+        (["--rate-from", "delay"], "needs a --delay"),
+        (["--rate-from", "delay", "--delay", "0.5", "--anneal", "once"], "and --anneal each"),
         (["--pattern", "2:4", "--methods", "L1", "--magnitude", "global"], "is for --pattern unstructured"),
         (["--methods", "magic"], "invalid choice"),
         (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
+        (["--pattern", "filter"], "not for scratch-ERK, LTH"),
         (["--pattern", "2:4", "--methods", "RST", "--sparsity", "0.9"], "means a sparsity of 0.5"),
         (["--engine", "ray"], "pip install '.[ray]'"),
         (["--engine", "ray", "--minutes", "5"], "leave out torchrun and --engine"),

@@ -247,6 +247,24 @@ def test_calls_in_a_row_see_their_own_data_and_optimizer():
     assert used == [torch.optim.SGD] * 40 + [torch.optim.Adagrad] * 20 + [torch.optim.SGD] * 20
 
 
+def test_calls_in_a_row_train_their_own_model_and_repeat_its_dropout(monkeypatch):
+    """The plain training that runs begin with is kept in memory within a call, and not beyond."""
+
+    def network(activation):
+        return nn.Sequential(nn.Linear(4, 6), activation, nn.Dropout(0.5), nn.Linear(6, 3))
+
+    def tests_of(model):
+        options = {"methods": ["L1", "random-after-dense"], "sparsity": 0.5, "updates": 40, "seeds": 2, "rates": 0.1}
+        report = compare_tickets.compare(model, random_data, dense_layers=["3"], **options)
+        return [(run["test"], run["validation"], run["masked"]) for row in report.rows for run in row.runs.values()]
+
+    models = [partial(network, activation()) for activation in (nn.ReLU, nn.Sigmoid)]  # which have one name
+    found = [tests_of(model) for model in models]
+    monkeypatch.setattr(training, "REMEMBERED", 0)
+    assert found == [tests_of(model) for model in models]
+    assert found[0] != found[1]
+
+
 def test_a_call_refuses_what_it_cannot_do():
     with pytest.raises(TypeError, match=r"compare\(\) has no jobs: use the command"):
         compare_tickets.compare(small, random_data, jobs=2)

@@ -13,7 +13,7 @@ from .._rst.schedule import check_integer
 from .._rst.validation import check_reachable, check_state, modules_of
 from ..masks.records import as_state, of_state
 from ..scheduler import RSTScheduler
-from .magnitude import ALL_LAYERS, check_pattern, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
+from .magnitude import ALL_LAYERS, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,8 @@ class GradualPruning(RSTScheduler):
         schedule: of λ; as for :class:`torch_dual_ticket.RSTScheduler`.
         intervals: how often the mask grows.
         distribution: "uniform", "erk", or "global"; as for :func:`magnitude_masks`.
-        pattern: "unstructured" or "n:m", which is complete at the end.
+        pattern: as for :func:`magnitude_masks`; "n:m" is complete at the end. Of whole filters BatchNorm undoes the
+            penalty: give ``max_penalty=0``, or :class:`torch_dual_ticket.RSTScheduler` masks of the norm as well.
         scores: what is compared in place of the magnitudes; as for :func:`magnitude_masks`, or a function that is given
             the model each time the mask grows, and returns such a mapping.
         targets: module types whose ``weight`` is masked.
@@ -95,7 +96,6 @@ class GradualPruning(RSTScheduler):
         exclude: Sequence[str] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        check_pattern(pattern)
         if not callable(scores):
             check_scores(scores, " or a function of the model that returns one")
         self._intervals = check_integer("intervals", intervals, at_least=1)

@@ -1,4 +1,4 @@
-"""Masks by magnitude, or by other scores: the weights that have the smallest now are removed."""
+"""Masks by magnitude, or by other scores: the weights, or whole units, that have the smallest now are removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._tensors.dtensor import reshard
 from .._tensors.sharding import whole
 from ..masks.distributions import validate_sparsity
-from ..masks.patterns import parse_pattern, pruned_units
+from ..masks.patterns import parse_pattern, pruned_units, tile
 from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def magnitude_masks(
         sparsity: fraction of weights removed, in [0, 1); a mapping as for :class:`torch_dual_ticket.RSTScheduler`.
             None: 0.9, or what ``pattern`` implies.
         distribution: "uniform" or "erk" (a count for each layer), or "global": one threshold for all layers.
-        pattern: "unstructured", or "n:m": of every m weights along the input dimension the n largest stay.
+        pattern: as for :class:`torch_dual_ticket.RSTScheduler`. "n:m": of every m weights along the input dimension
+            the n largest stay. "filter", "channel", "block:RxC": those go whose magnitudes, or scores, have the
+            smallest sums (of filters as Li et al. do, arXiv 1608.08710).
         within: earlier masks; what they remove is removed first, so that masks are nested.
         scores: parameter name -> finite tensor of the parameter's shape, compared in place of the magnitudes: what is
             smallest is removed. So SNIP, GraSP, wanda … are a line each. Names that are no targets do not matter.
@@ -67,18 +69,13 @@ def magnitude_masks(
         {'weight': tensor([[ True, False, False,  True]])}
         >>> magnitude_masks(model, 0.5, scores={"weight": model.weight})  # signed
         {'weight': tensor([[ True, False,  True, False]])}
+        >>> magnitude_masks(nn.Linear(3, 8), 0.5, pattern="filter")["weight"].all(1).sum()  # of 8 outputs
+        tensor(4)
     """
-    check_pattern(pattern)
     check_scores(scores)
     found = find_targets(model, targets, exclude)
     counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]
     return remove_smallest(model, found, counts, within, pattern, scores)
-
-
-def check_pattern(pattern: str) -> None:
-    """One of single weights."""
-    if parse_pattern(pattern).kind not in ("unstructured", "n:m"):
-        raise ValueError(f"magnitudes are compared weight by weight: unstructured or n:m, not pattern={pattern!r}")
 
 
 def check_scores(scores: object, otherwise: str = "") -> None:
@@ -96,7 +93,7 @@ def rounds_of_counts(
     rounds: int,
     pattern: str = "unstructured",
 ) -> list[dict[str, int]]:
-    """The number of weights removed after each round: of each layer, or of all of them together under the name ""."""
+    """The number of units removed after each round: of each layer, or of all of them together under the name ""."""
     if distribution not in ("uniform", "erk", "global"):
         raise ValueError(f"unknown distribution {distribution!r}; allowed are 'uniform', 'erk' and 'global'")
     if distribution != "global":
@@ -131,7 +128,7 @@ def remove_smallest(
     pattern: str = "unstructured",
     scores: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The masks that remove this many of the smallest weights, within the earlier masks.
+    """The masks that remove this many of the smallest units, within the earlier masks.
 
     Under "n:m" fewer than all that the pattern removes may go: of those the smallest.
     """
@@ -152,7 +149,8 @@ def remove_smallest(
         elif ALL_LAYERS in counts:
             magnitudes[name] = magnitude
         else:
-            masks[name] = _largest(magnitude, counts[name])
+            unit = tile(target.shape, pattern, 1 if target.input_dim is None else target.input_dim)
+            masks[name] = _largest_units(magnitude, unit, counts[name])
     if not magnitudes:
         return masks
     device = next(iter(magnitudes.values())).device
@@ -183,6 +181,15 @@ def _largest(magnitude: Tensor, pruned: int) -> Tensor:
     kept = torch.ones(magnitude.numel(), dtype=torch.bool, device=magnitude.device)
     kept[magnitude.flatten().argsort(stable=True)[:pruned]] = False
     return kept.view(magnitude.shape)
+
+
+def _largest_units(magnitude: Tensor, unit: tuple[int, ...], pruned: int) -> Tensor:
+    """All but the units whose sum is smallest; of equal ones the earlier are removed first."""
+    sizes = [(size // of, of) for size, of in zip(magnitude.shape, unit, strict=True)]
+    split = magnitude.reshape([size for pair in sizes for size in pair])
+    exact = torch.promote_types(magnitude.dtype, torch.float32)  # sums of half precision would be rounded to ties
+    sums = split.sum(list(range(1, split.dim(), 2)), keepdim=True, dtype=exact)
+    return _largest(sums, pruned).expand(split.shape).reshape(magnitude.shape).contiguous()
 
 
 def _largest_of_groups(magnitude: Tensor, kept: int, size: int, dim: int) -> Tensor:
