@@ -555,16 +555,6 @@ def test_no_masks_in_force():
         KeptParameters(model)
 
 
-def test_a_layer_that_is_to_leave():
-    training = Training(ADAMW, kept=True)
-    with pytest.raises(RuntimeError, match=r"^0\.weight is trained by its kept weights.* call kept\.remove\(\) before"):
-        prune.remove(training.model[0], "weight")
-    training.updates(0)
-    training.kept.remove()
-    prune.remove(training.model[0], "weight")
-    assert list(training.held.masks) == ["2.weight", "4.weight"]
-
-
 def test_a_second_one():
     training = Training(ADAMW, kept=True)
     with pytest.raises(RuntimeError, match=r"this HeldMasks has a KeptParameters already.* call remove\(\)"):

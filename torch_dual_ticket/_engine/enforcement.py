@@ -28,9 +28,6 @@ class Enforcement:
     def check_update(self, batch: Batch, optimizer: Optimizer | None) -> None:
         """``RuntimeError`` if an optimizer that has these parameters must not update them."""
 
-    def check_detached(self, managed: ManagedParameter) -> None:
-        """``RuntimeError`` if the parameter must not leave the ticket alone."""
-
     @torch.no_grad()
     def mask_gradients(self, batch: Batch, masks: Mapping[str, Mask], update: int) -> None:
         """Set the gradients of the masked weights to zero, where that is not done yet for this update."""

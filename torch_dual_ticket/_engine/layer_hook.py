@@ -90,7 +90,6 @@ class LayerHook(prune.BasePruningMethod):
 
     def remove(self, module: nn.Module) -> None:
         """Called by ``prune.remove``, which deletes this hook itself: the parameter leaves the ticket for good."""
-        self.ticket.enforcement.check_detached(self.managed)
         self.ticket.detach(self.managed, keep_hook=self._occurrence.hook_id)
 
     # -- copies --------------------------------------------------------------------------------------------------------

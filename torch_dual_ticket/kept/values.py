@@ -138,12 +138,6 @@ class KeptEnforcement(Enforcement):
             " change nothing. Build it on kept.parameters(); or call kept.remove() to go on with all weights."
         )
 
-    def check_detached(self, managed: ManagedParameter) -> None:
-        raise RuntimeError(
-            f"{managed.name} is trained by its kept weights, in a vector that an optimizer has: call kept.remove()"
-            " before prune.remove()"
-        )
-
     def mask_gradients(self, batch: Batch, masks: Mapping[str, Mask], update: int) -> None:
         for managed, parameter in batch:
             if managed.name in self.values.weights:
