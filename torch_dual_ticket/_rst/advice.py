@@ -34,7 +34,7 @@ class Advice:
 
     def look(self, ticket: Ticket, before: int, after: int) -> None:
         """Call it at each scheduler step, with their number before and after, while the ticket knows the updates."""
-        if before == after or after > self._time:
+        if before == after or after > self._time or (self._rates and after < self._time):
             return
         updates = ticket.transformation.updates.by
         found = [(one, held, made) for one, held in held_by(ticket) if (made := updates[id(one)])]

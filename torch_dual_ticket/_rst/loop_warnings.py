@@ -41,8 +41,11 @@ class MissingPenalty:
         """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
-        is_overdue = reads = False
         transformation = ticket.transformation
+        if transformation.updates.ever and not unpenalized:  # as in most steps
+            self._versions, self._sample = {}, {}
+            return
+        is_overdue = reads = False
         before = self._versions if self._dummy_steps == transformation.dummy_steps else {}
         self._dummy_steps = transformation.dummy_steps
         found = ((one.name, one.tensor()) for one in unpenalized)
