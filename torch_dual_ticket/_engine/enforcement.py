@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Enforcement:
-    """The usual way; a subclass has another one."""
+    """Masks gradients and weights. The other methods do nothing here: a subclass with another way may need them."""
 
     def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
         """The tensor is a new one of this parameter."""
@@ -62,4 +62,4 @@ class Enforcement:
         clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
 
     def stop(self) -> None:
-        """The masks are about to be in force no more."""
+        """The masks are about to be lifted."""

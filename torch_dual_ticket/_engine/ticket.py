@@ -116,9 +116,9 @@ class Ticket:
         if masks is not self.stage.masks:
             self.transformation.captured.masks_change()
         self.transformation.captured.fill(penalty)
-        if self.holds:
+        if was_held := self.holds:
             self.enforcement.stop()
-        was_held, self.stage = self.holds, Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
+        self.stage = Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
         if was_held:
             for managed in self.parameters:
                 managed.disconnect()
@@ -197,17 +197,17 @@ class Ticket:
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
     def penalize(
-        self, batch: Batch, optimizer: Optimizer | None = None, **but: Any
+        self, batch: Batch, optimizer: Optimizer | None = None, **left_out: Any
     ) -> list[tuple[ManagedParameter, Tensor]]:
         """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due.
 
-        ``but`` says which are left out, as :meth:`Transformation.penalize` does.
+        ``left_out`` are the arguments of :meth:`Transformation.penalize` that leave some out.
         """
         # First: where an update cannot be captured, nothing is drawn, and nothing changed.
         factor = self.transformation.factor(batch, self.stage.penalty)
         if self._before_first is not None and self.transformation.serial == 0:
             self._before_first(self)
-        return self.transformation.penalize(batch, self.stage.masks, factor, self._update, optimizer, **but)
+        return self.transformation.penalize(batch, self.stage.masks, factor, self._update, optimizer, **left_out)
 
     def apply_penalty(self) -> bool:
         """For loops whose update no hook sees; returns whether a managed parameter had a gradient."""
