@@ -1,11 +1,13 @@
 """Tests that run on two processes, or four, with gloo between them.
 
-The processes are started once, at the first test that needs them, and then do one test after the other, each in its
-own process group: importing torch takes longer than any of the tests. A test that hangs costs new processes.
+The processes are started once, at the first test that needs them, and then do one test after the other in the same
+process group: importing torch takes longer than any of the tests, and gloo does not end groups without races (torch
+2.13 has aborted in a later test). A test that fails costs new processes.
 """
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import gc
@@ -34,6 +36,7 @@ needs_fsdp2 = pytest.mark.skipif(
 _LIMIT = 120  # seconds that a test may take
 _GRACE = 10  # seconds that the other ranks get when one has failed
 _processes: list[tuple[Any, Connection]] = []
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # of the file in which the processes find each other
 
 
 def on_two_ranks(test: Callable[..., None]) -> Callable[..., None]:
@@ -69,39 +72,39 @@ def _run(world: int, module: str, name: str, arguments: dict[str, object]) -> li
     if len(_processes) != world:
         _stop()
         _start(world)
-    with tempfile.TemporaryDirectory() as folder:
-        for _, connection in _processes:
-            connection.send((module, name, arguments, os.path.join(folder, "store")))
-        waiting = {connection: rank for rank, (_, connection) in enumerate(_processes)}
-        failures = []
-        has_ended = False
-        deadline = time.monotonic() + _LIMIT
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                failures += [f"rank {rank} gave no answer" for rank in waiting.values()]
-                _stop()
-                break
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[arg-type]
-                try:
-                    failure = connection.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    failure = f"the process ended with exit code {_processes[rank][0].exitcode}"
-                    has_ended = True
-                if failure:
-                    failures.append(f"rank {rank}: {failure}")
-                    deadline = min(deadline, time.monotonic() + _GRACE)
-        if has_ended:
-            _stop()
-        return failures
+    for _, connection in _processes:
+        connection.send((module, name, arguments))
+    waiting = {connection: rank for rank, (_, connection) in enumerate(_processes)}
+    failures = []
+    deadline = time.monotonic() + _LIMIT
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            failures += [f"rank {rank} gave no answer" for rank in waiting.values()]
+            break
+        for connection in ready:
+            rank = waiting.pop(connection)  # type: ignore[arg-type]
+            try:
+                failure = connection.recv()  # type: ignore[union-attr]
+            except EOFError:
+                process = _processes[rank][0]
+                process.join()
+                failure = f"the process ended with exit code {process.exitcode}"
+            if failure:
+                failures.append(f"rank {rank}: {failure}")
+                deadline = min(deadline, time.monotonic() + _GRACE)
+    if failures:
+        _stop()  # the group is in the middle of something
+    return failures
 
 
 def _start(world: int) -> None:
     context = multiprocessing.get_context("spawn")
+    _folders.append(tempfile.TemporaryDirectory())
+    store = os.path.join(_folders[-1].name, "store")
     for rank in range(world):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(rank, world, store, theirs), daemon=True)
         process.start()
         theirs.close()
         _processes.append((process, ours))
@@ -113,27 +116,17 @@ def _stop() -> None:
         process.kill()
         process.join()
     _processes.clear()
+    while _folders:
+        _folders.pop().cleanup()
 
 
-def _serve(rank: int, world: int, connection: Connection) -> None:
+atexit.register(_stop)
+
+
+def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    while True:
-        try:
-            module, name, arguments, store = connection.recv()
-        except EOFError:
-            return
-        try:
-            test = getattr(importlib.import_module(module), name).__wrapped__
-            _in_group(rank, world, store, functools.partial(test, **arguments))
-        except BaseException:  # pytest.fail() raises no Exception
-            connection.send(traceback.format_exc())
-        else:
-            connection.send(None)
-
-
-def _in_group(rank: int, world: int, store: str, test: Callable[[], None]) -> None:
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, world),
@@ -141,21 +134,28 @@ def _in_group(rank: int, world: int, store: str, test: Callable[[], None]) -> No
         world_size=world,
         timeout=datetime.timedelta(seconds=_LIMIT / 2),
     )
+    while True:
+        try:
+            module, name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            test = getattr(importlib.import_module(module), name).__wrapped__
+            _do(rank, functools.partial(test, **arguments))
+        except BaseException:  # pytest.fail() raises no Exception
+            connection.send(traceback.format_exc())
+        else:
+            connection.send(None)
+
+
+def _do(rank: int, test: Callable[[], None]) -> None:
     torch.manual_seed(rank)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            # Of torch about itself: torch.distributed.optim uses it; DTensors of torch 2.6 on CPUs.
-            warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
-            warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
-            # As in pyproject.toml.
-            warnings.filterwarnings("ignore", message="with lr=.*will leave|a transformation ended at")
-            test()
-        if dist.is_initialized():
-            dist.barrier()  # or the slower rank would miss the faster one
-    finally:
-        gc.collect()  # models keep the group's threads running
-        if torch.__version__ < "2.7":
-            time.sleep(0.1)  # its gloo threads may still wait for the GIL, with which they are destroyed
-        if dist.is_initialized():
-            dist.destroy_process_group()  # and a rank that waits for one that has failed hears of it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Of torch about itself: torch.distributed.optim uses it; DTensors of torch 2.6 on CPUs.
+        warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
+        warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
+        # As in pyproject.toml.
+        warnings.filterwarnings("ignore", message="with lr=.*will leave|a transformation ended at")
+        test()
+    gc.collect()  # models go with their test, and what they send with them
