@@ -191,8 +191,6 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             ticket.before_update(held, optimizer)
     to_penalize = _to_penalize(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
-        for ticket, _ in to_penalize:
-            ticket.transformation.dummy_steps += 1
         return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:

@@ -31,7 +31,6 @@ class Transformation:
         self.updates = Updates()
         self.serial = 0  # of the last penalty batch
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
-        self.dummy_steps = 0  # which change versions of tensors, and no values
         self.captured = CapturedPenalty()
         self._serial_at_step = 0
 

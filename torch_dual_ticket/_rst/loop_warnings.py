@@ -34,7 +34,6 @@ class MissingPenalty:
         self._sample: dict[str, Tensor] = {}  # a few weights of parameters without a penalty since then
         self._elsewhere = 0  # steps of other optimizers until then
         self._versions: dict[str, int] = {}  # of parameters without a penalty before the last scheduler step
-        self._dummy_steps = 0  # until then
         self._is_said = False
 
     def look(self, ticket: Ticket, unpenalized: Sequence[ManagedParameter]) -> None:
@@ -46,8 +45,7 @@ class MissingPenalty:
             self._versions, self._sample = {}, {}
             return
         is_overdue = reads = False
-        before = self._versions if self._dummy_steps == transformation.dummy_steps else {}
-        self._dummy_steps = transformation.dummy_steps
+        before = self._versions
         found = ((one.name, one.tensor()) for one in unpenalized)
         self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
         if not transformation.updates.ever:
