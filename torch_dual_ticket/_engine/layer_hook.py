@@ -89,8 +89,9 @@ class LayerHook(prune.BasePruningMethod):
         return default_mask * kept.to(default_mask.dtype)
 
     def remove(self, module: nn.Module) -> None:
-        """Called by ``prune.remove``, which deletes this hook itself: the parameter leaves the ticket for good."""
-        self.ticket.detach(self.managed, keep_hook=self._occurrence.hook_id)
+        """Called by ``prune.remove``: the parameter leaves the ticket for good."""
+        self.ticket.detach(self.managed)
+        module._forward_pre_hooks[self._occurrence.hook_id] = self  # which prune.remove deletes now
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

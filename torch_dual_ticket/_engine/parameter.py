@@ -13,7 +13,7 @@ from .._tensors.kernels import squared_norms
 from .._tensors.mask_cache import MaskCache
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from ..masks.mask import Mask
 
@@ -30,11 +30,6 @@ class WeakOccurrence:
         self.layer, self.owner = weakref.ref(layer), weakref.ref(owner)
         self.tensor_name, self.attribute = tensor_name, attribute
         self.hook_id = hook_id  # of the forward pre-hook on the layer
-
-    def homes(self) -> Iterator[tuple[weakref.ref[nn.Module], str]]:
-        """Where the parameter may be, and its name there: first in the layer, as a parametrization may be gone."""
-        yield self.layer, self.tensor_name
-        yield self.owner, self.attribute
 
     def is_in_place(self, inside: Collection[nn.Module] | None) -> bool:
         """Whether the layer still has its hook, and lives ``inside`` the model with what registers the parameter."""
@@ -70,19 +65,16 @@ class ManagedParameter:
         found: Tensor | None = None if module is None else module._parameters.get(self._key)
         if found is not None:
             return found
-        for occurrence in self.occurrences:
-            for home, key in occurrence.homes():
-                module = home()
+        for one in self.occurrences:
+            # First in the layer, as a parametrization may be gone.
+            for home, key in ((one.layer, one.tensor_name), (one.owner, one.attribute)):
                 # A module that is just being copied, or unpickled, has no attributes yet.
-                parameters: dict[str, Any] = {} if module is None else module.__dict__.get("_parameters", {})
-                if parameters.get(key) is not None:
-                    if key == occurrence.tensor_name:  # what a parametrization has may go back to the layer
+                found = getattr(home(), "__dict__", {}).get("_parameters", {}).get(key)
+                if found is not None:
+                    if key == one.tensor_name:  # what a parametrization has may go back to the layer
                         self._home, self._key = home, key
-                    found = parameters[key]
-                    break
-            if found is not None:
-                break
-        return found
+                    return found
+        return None
 
     def check_present(self) -> None:
         """``RuntimeError`` if something has taken the parameter out of its layer."""
@@ -115,6 +107,13 @@ class ManagedParameter:
         if self.hook is not None:
             self.hook.remove()
         self.hook = None
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks on the gradient and on the layers."""
+        self.disconnect()
+        for occurrence in self.occurrences:
+            if (layer := occurrence.layer()) is not None:
+                remove_hook(layer, occurrence.hook_id)
 
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the tensor is the one whose masked weights were set to zero, and unchanged since."""
@@ -152,11 +151,10 @@ def is_converted(parameter: Tensor) -> bool:
     return is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter)
 
 
-def remove_hook(layer: nn.Module, hook_id: int, *, keeps_forward: bool = False) -> None:
+def remove_hook(layer: nn.Module, hook_id: int) -> None:
     """Take a hook of ours off a layer: before its forward and before its state_dict()."""
     layer._state_dict_pre_hooks.pop(hook_id, None)
-    if not keeps_forward:
-        layer._forward_pre_hooks.pop(hook_id, None)
+    layer._forward_pre_hooks.pop(hook_id, None)
 
 
 def stamp_of(parameter: Tensor) -> tuple[int, int, int]:

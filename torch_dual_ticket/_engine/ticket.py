@@ -18,7 +18,7 @@ from .batch import Batch
 from .call_stack import in_functional_call
 from .enforcement import Enforcement
 from .gradient_hook import GradientHook
-from .parameter import ManagedParameter, is_treated, remove_hook, stamp_of
+from .parameter import ManagedParameter, is_treated, stamp_of
 from .stage import Phase, Stage
 from .transformation import Transformation
 
@@ -142,17 +142,15 @@ class Ticket:
         self.is_released = True  # the switch: hooks that are still there do nothing
         self.stage = replace(self.stage, penalty=0.0)
         for managed in self.parameters:
-            managed.disconnect()
-            _remove_layer_hooks(managed)
+            managed.remove_hooks()
         self.parameters, self._managed = (), Batch([])
 
-    def detach(self, managed: ManagedParameter, *, keep_hook: int | None = None) -> None:
+    def detach(self, managed: ManagedParameter) -> None:
         """One parameter leaves the ticket for good; zeros stay where they are."""
         self.detached.add(managed.name)
         self.parameters = tuple(other for other in self.parameters if other is not managed)
         self._managed = Batch([])
-        managed.disconnect()
-        _remove_layer_hooks(managed, keep_hook)
+        managed.remove_hooks()
 
     def has_lost_layers(self) -> bool:
         """Whether layers do not exist any more; a parameter that another layer has taken over is not known there."""
@@ -332,13 +330,3 @@ class Ticket:
         self.stage = replace(self.stage, masks={**self.stage.masks, name: mask})
         self.parameters = (*self.parameters, ManagedParameter(name, stores_mask=self.stores_masks))
         return self.parameters[-1]
-
-
-def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None) -> None:
-    for occurrence in managed.occurrences:
-        layer = occurrence.layer()
-        if layer is not None:
-            key = occurrence.hook_id
-            hook = layer._forward_pre_hooks.get(key) or layer._state_dict_pre_hooks.get(key)
-            if getattr(hook, "managed", None) is managed:
-                remove_hook(layer, key, keeps_forward=key == keep_hook)
