@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_HOPS = 3  # callbacks at the end of backward() before ours is the last: DDP queues one from within another
+_HOPS = 4  # callbacks at the end of backward() until ours is the last: DDP queues one from within another
 _queue_callback = Variable._execution_engine.queue_callback
 _current_task = torch._C._current_graph_task_id
 
@@ -57,16 +57,13 @@ class GradientHook:
         task = _current_task()
         if task != -1:
             self._awaited = task
-            self._queue(_HOPS)
+            self._at_end(_HOPS)
         elif (mask := self._mask()) is not None:  # compiled autograd has no end that could be waited for
             mask(parameter)
 
-    def _queue(self, hops: int) -> None:
-        _queue_callback(partial(_uncompiled(GradientHook._at_end), self, hops))
-
     def _at_end(self, hops: int) -> None:
         if hops:
-            self._queue(hops - 1)
+            _queue_callback(partial(_uncompiled(GradientHook._at_end), self, hops - 1))
             return
         self._awaited = None
         if (mask := self._mask()) is not None:
