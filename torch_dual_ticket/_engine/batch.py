@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         self._made_for: tuple[Any, ...] = ()
         self._masks: list[Tensor | None] = []
         self._bits: list[Tensor] = []
+
+    def where(self, chosen: Iterable[bool]) -> Batch:
+        """Some of them."""
+        which = list(chosen)
+        return Batch(compress(self, which), list(compress(self.groups, which)))
 
     def masks(self, masks: Mapping[str, Mask], *, holds: bool) -> list[Tensor | None]:
         """For each parameter the mask for one operation on all of them; None where it takes more than that.

@@ -18,9 +18,11 @@ from .batch import Batch
 from .call_stack import in_functional_call
 from .enforcement import Enforcement
 from .gradient_hook import GradientHook
+from .graph_capture import CapturedPenalty
 from .parameter import ManagedParameter, is_treated, stamp_of
+from .penalty import add_penalty
 from .stage import Phase, Stage
-from .transformation import Transformation
+from .updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -51,7 +53,9 @@ class Ticket:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
         self.detached: set[str] = set()  # names that prune.remove took out, or whose layers are gone
-        self.transformation = Transformation(optimizer)
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)  # the only one that is to penalize
+        self.updates = Updates()
+        self.captured = CapturedPenalty()
         self.enforcement = Enforcement()
         self.stores_masks = stores_masks
         self.is_released = False
@@ -59,8 +63,6 @@ class Ticket:
         self._model = None if model is None else weakref.ref(model)
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
-        self._update = 0  # the number of the update that gradients are treated for
-        self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._before_first = before_first  # called once, before the first update
         self._after_update = after_update  # called with the number of updates of that optimizer in this scheduler step
         self._gradient_hook = GradientHook(self._on_gradients)
@@ -114,8 +116,8 @@ class Ticket:
     def transform(self, masks: Mapping[str, Mask], penalty: float, steps: int) -> None:
         """Penalize from now on, with these masks and this λ; weights that were held at zero may grow again."""
         if masks is not self.stage.masks:
-            self.transformation.captured.masks_change()
-        self.transformation.captured.fill(penalty)
+            self.captured.masks_change()
+        self.captured.fill(penalty)
         if was_held := self.holds:
             self.enforcement.stop()
         self.stage = Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
@@ -125,15 +127,15 @@ class Ticket:
 
     def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
         """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
-        self.transformation.captured.masks_change()
+        self.captured.masks_change()
         managed = self.managed()
-        self.zero(Batch([entry for entry in managed if not entry[1].is_meta]), masks, counted=True)
+        self.zero(managed.where(not parameter.is_meta for _, parameter in managed), masks, counted=True)
         for one, parameter in managed:
             self.connect(one, parameter)
-        self._update += 1  # gradients that were penalized are to be masked
+        self.updates.number += 1  # gradients that were penalized are to be masked
         self.stage = Stage(Phase.FINETUNE, masks, steps=steps, report=report)  # the switch
         self.mask_gradients(managed)
-        self._update += 1  # they may still be written to without a trace
+        self.updates.number += 1  # they may still be written to without a trace
         torch.clear_autocast_cache()  # it may hold casts of the weights as they were
 
     def release(self) -> None:
@@ -180,7 +182,7 @@ class Ticket:
         if self.phase is not Phase.FINETUNE:
             return
         if parameter is not None:
-            self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
+            self.mask_gradients((managed := self.managed()).where(one is parameter for _, one in managed))
             return
         managed = self._managed or self.managed()  # as forwards and updates have last seen them
         self.mask_gradients(managed)
@@ -190,22 +192,18 @@ class Ticket:
 
     def mask_gradients(self, batch: Batch) -> None:
         """Set the gradients of the masked weights to zero, where that is not done yet."""
-        self.enforcement.mask_gradients(batch, self.stage.masks, self._update)
+        self.enforcement.mask_gradients(batch, self.stage.masks, self.updates.number)
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
-    def penalize(
-        self, batch: Batch, optimizer: Optimizer | None = None, **left_out: Any
-    ) -> list[tuple[ManagedParameter, Tensor]]:
-        """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due.
-
-        ``left_out`` are the arguments of :meth:`Transformation.penalize` that leave some out.
-        """
+    def penalize(self, batch: Batch, optimizer: Optimizer | None = None) -> list[tuple[ManagedParameter, Tensor]]:
+        """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due."""
         # First: where an update cannot be captured, nothing is drawn, and nothing changed.
-        factor = self.transformation.factor(batch, self.stage.penalty)
-        if self._before_first is not None and self.transformation.serial == 0:
+        grads = (grad for _, parameter in batch if (grad := parameter.grad) is not None)
+        factor = self.captured.factor(grads, self.stage.penalty)
+        if self._before_first is not None and self.updates.serial == 0:
             self._before_first(self)
-        return self.transformation.penalize(batch, self.stage.masks, factor, self._update, optimizer, **left_out)
+        return add_penalty(batch, self.stage.masks, factor, self.updates, optimizer)
 
     def apply_penalty(self) -> bool:
         """For loops whose update no hook sees; returns whether a managed parameter had a gradient."""
@@ -213,13 +211,14 @@ class Ticket:
         managed = self.managed()
         if all(parameter.grad is None for _, parameter in managed):
             return False
-        self.manual = self.transformation.silenced = True
-        self._update, self._update_is_over = self._update + (self._update_is_over or self.holds), False
+        # A new update; but what comes after a scheduler step may be the update of before, which is still on its way.
+        self.updates.number += self.holds or (self.manual and not self.updates.silenced)
+        self.manual = self.updates.silenced = True
         if self.holds:
             self.mask_gradients(managed)
             self.zero(managed)
         elif self.penalize(managed):
-            self.transformation.updates.note()
+            self.updates.note()
         return True
 
     # -- zeros ---------------------------------------------------------------------------------------------------------
@@ -243,7 +242,7 @@ class Ticket:
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
         self.enforcement.check_update(batch, optimizer)
-        update = self._update
+        update = self.updates.number
         missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
         for one, parameter in missed:
             self.connect(one, parameter)
@@ -252,7 +251,7 @@ class Ticket:
 
     def after_update(self, batch: Batch) -> None:
         self.zero(batch)
-        self._update += 1
+        self.updates.number += 1
 
     def at_forward(self, managed: ManagedParameter, layer: nn.Module, *, trusts_stamp: bool = True) -> None:
         """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back.
@@ -288,29 +287,31 @@ class Ticket:
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """Begin a new scheduler step."""
-        if self.transformation.updates.pending:
-            if self.transformation.silenced:  # what is done manually may come before this step and the update
-                self._update_is_over = True
-            else:
-                self._update += 1
-        self.transformation.begin_step()
+    def unpenalized(self) -> list[ManagedParameter]:
+        """Those without a penalty since the last scheduler step; replays of a graph are taken for granted."""
+        since = self.updates.serial_at_step
+        return [one for one in self.parameters if one.penalized_at <= since and not self.captured.is_captured]
+
+    def counts(self, *, is_last: bool) -> bool:
+        """Whether a scheduler step counts now; for certain, if it is the last one.
+
+        Replays of a CUDA graph are not seen: one is taken for granted.
+        """
+        self.captured.check_not_capturing()
+        return self.updates.settle(wait=is_last) or self.captured.is_captured
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
-        self._update, self._update_is_over = self._update + 1, False
-        self.transformation.resume(pending=pending)
+        self.updates.resume(pending=pending)
         if self.stage.steps:
             for managed in self.parameters:
                 managed.penalized_at = max(managed.penalized_at, 0)  # it may have been, before the restart
 
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
-        updates = self.transformation.updates
-        updates.complete(optimizer)
+        self.updates.complete(optimizer)
         if self._after_update is not None:
-            self._after_update(self, updates.by[id(optimizer)])
+            self._after_update(self, self.updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
