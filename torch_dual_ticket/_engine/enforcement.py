@@ -52,14 +52,12 @@ class Enforcement:
         note_treated([*grads, *(p.grad for _, p, _ in others if p.grad is not None)], update)
 
     @torch.no_grad()
-    def clear(self, batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
-        """Set the masked weights to zero; backward() does not notice changes that are not ``counted``."""
+    def clear(self, batch: Batch, masks: Mapping[str, Mask]) -> None:
+        """Set the masked weights to zero; backward() does not notice."""
         found = batch.masks(masks, holds=True)
-        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
-        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
-        clear_all_(weights, [kept for _, kept in simple])
-        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
-        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
+        clear_all_(batch.bits(), [kept for kept in found if kept is not None])
+        others = [entry for entry, kept in zip(batch, found, strict=True) if kept is None]
+        clear_(piece for one, tensor in others for piece in one.weight_pieces(masks[one.name], tensor))
 
     def stop(self) -> None:
         """The masks are about to be lifted."""

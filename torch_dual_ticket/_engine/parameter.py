@@ -125,10 +125,10 @@ class ManagedParameter:
         pieces: Any = self.cache.pieces(mask, parameter, weight, weight, holds=holds)
         return squared_norms(pieces, 0 if holds else 1, weight.device)
 
-    def weight_pieces(self, mask: Mask, parameter: Tensor, *, counted: bool) -> Iterable[Any]:
-        """Weight and mask, of this process's shard; backward() does not notice changes that are not ``counted``."""
+    def weight_pieces(self, mask: Mask, parameter: Tensor) -> Iterable[Any]:
+        """Weight and mask, of this process's shard; backward() does not notice changes."""
         weight = local(parameter)
-        return self.cache.pieces(mask, parameter, weight, weight if counted else weight.data, holds=True)
+        return self.cache.pieces(mask, parameter, weight, weight.data, holds=True)
 
     def gradient_pieces(
         self, mask: Mask, parameter: Tensor, grad: Tensor, *, holds: bool

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd.graph import increment_version
 
 from .._tensors.dtensor import is_sharded, local, mesh_of, reshard
 from .._tensors.kernels import clear_
@@ -124,14 +125,15 @@ class Ticket:
         if was_held:
             for managed in self.parameters:
                 managed.disconnect()
+                managed.stamp = None
 
     def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
         """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
         self.captured.masks_change()
         managed = self.managed()
-        self.zero(managed.where(not parameter.is_meta for _, parameter in managed), masks, counted=True)
-        for one, parameter in managed:
-            self.connect(one, parameter)
+        for _, parameter in managed:
+            increment_version(local(parameter))  # a backward() that needs them as they were is to say so
+        self.zero(managed.where(not parameter.is_meta for _, parameter in managed), masks)
         self.updates.number += 1  # gradients that were penalized are to be masked
         self.stage = Stage(Phase.FINETUNE, masks, steps=steps, report=report)  # the switch
         self.mask_gradients(managed)
@@ -224,19 +226,17 @@ class Ticket:
     # -- zeros ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def zero(self, batch: Batch, masks: Mapping[str, Mask] | None = None, *, counted: bool = False) -> None:
+    def zero(self, batch: Batch, masks: Mapping[str, Mask] | None = None) -> None:
         """Set the masked weights to zero, by default those of the masks that apply now.
 
-        If not ``counted``, backward() does not notice: right where they should be zero already, or where the change
-        that made them something else has been counted.
+        backward() does not notice: they should be zero already, or what made them something else has been counted.
         """
-        self.enforcement.clear(batch, self.stage.masks if masks is None else masks, counted=counted)
-        holds = self.holds
+        self.enforcement.clear(batch, self.stage.masks if masks is None else masks)
         for one, parameter in batch:  # after all changes: views of one tensor share a version
             before, stamp = one.stamp, stamp_of(parameter)
             one.stamp = stamp
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
-            if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
+            if before is None or before[0] != stamp[0] or before[1] != stamp[1]:  # a tensor unknown so far
                 self.connect(one, parameter)
 
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
