@@ -43,7 +43,7 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         if not self._made_for or self._made_for[0] is not masks or self._made_for[1:] != (holds, memory):
             ordinary = set(map(id, self._ordinary))
             self._masks = [
-                one.cache.whole(masks[one.name], tensor, tensor, holds=holds)
+                one.cache.whole(masks[one.name], tensor, holds=holds)
                 if id(tensor) in ordinary and one.cache.is_stored_for(tensor) and is_simple(tensor)
                 else None
                 for one, tensor in self

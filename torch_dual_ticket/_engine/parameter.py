@@ -122,25 +122,22 @@ class ManagedParameter:
     def squared_norms(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
         """The sums of squares of the masked weights and of all weights in this process's shard."""
         weight = local(parameter).detach()
-        pieces: Any = self.cache.pieces(mask, parameter, weight, weight, holds=holds)
+        pieces: Any = self.cache.pieces(mask, parameter, weight, holds=holds)
         return squared_norms(pieces, 0 if holds else 1, weight.device)
 
     def weight_pieces(self, mask: Mask, parameter: Tensor) -> Iterable[Any]:
         """Weight and mask, of this process's shard; backward() does not notice changes."""
-        weight = local(parameter)
-        return self.cache.pieces(mask, parameter, weight, weight.data, holds=True)
+        return self.cache.pieces(mask, parameter, local(parameter).data, holds=True)
 
     def gradient_pieces(
         self, mask: Mask, parameter: Tensor, grad: Tensor, *, holds: bool
     ) -> Iterable[tuple[Tensor, ...]]:
         """Gradient, weight and mask, of this process's shard; of a sparse gradient the rows that it has."""
-        if type(grad) is Tensor and type(parameter) is nn.Parameter and not (grad.is_sparse or grad.is_conj()):
-            return self.cache.pieces(mask, parameter, parameter, grad, parameter, holds=holds)  # the common case
         grad, weight = _writable(parameter, grad), local(parameter)
         if not grad.is_sparse:
-            return self.cache.pieces(mask, parameter, weight, local(grad), weight, holds=holds)
+            return self.cache.pieces(mask, parameter, local(grad), weight, holds=holds)
         rows = grad._indices()[0]
-        return [(grad._values(), weight[rows], self.cache.whole(mask, parameter, weight, holds=holds)[rows])]
+        return [(grad._values(), weight[rows], self.cache.whole(mask, parameter, holds=holds)[rows])]
 
 
 def _nowhere() -> None: ...
