@@ -62,7 +62,7 @@ class LayerHook(prune.BasePruningMethod):
                 except RuntimeError:  # made in inference mode: it has no version
                     pass
         self._was_training = training
-        ticket.at_forward(managed, module, trusts_stamp=known is None or training is known)
+        ticket.at_forward(managed, module, trusts_stamp=training is known)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 
