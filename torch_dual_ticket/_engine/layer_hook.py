@@ -50,7 +50,7 @@ class LayerHook(prune.BasePruningMethod):
             return
         if keep_vars is not None:
             if managed.tensor() is not None:
-                ticket.at_forward(managed, module, trusts_stamp=False)
+                ticket.at_forward(managed, trusts_stamp=False)
             return
         training, known = module.training, self._was_training
         if training is known and not ticket.manual:  # the common case, passed most often
@@ -62,7 +62,7 @@ class LayerHook(prune.BasePruningMethod):
                 except RuntimeError:  # made in inference mode: it has no version
                     pass
         self._was_training = training
-        ticket.at_forward(managed, module, trusts_stamp=training is known)
+        ticket.at_forward(managed, trusts_stamp=training is known)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 

@@ -183,10 +183,9 @@ class Ticket:
         """
         if self.phase is not Phase.FINETUNE:
             return
-        if parameter is not None:
-            self.mask_gradients((managed := self.managed()).where(one is parameter for _, one in managed))
-            return
         managed = self._managed or self.managed()  # as forwards and updates have last seen them
+        if parameter is not None:
+            managed = managed.where(one is parameter for _, one in managed)
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
         if shards:
@@ -253,14 +252,14 @@ class Ticket:
         self.zero(batch)
         self.updates.number += 1
 
-    def at_forward(self, managed: ManagedParameter, layer: nn.Module, *, trusts_stamp: bool = True) -> None:
+    def at_forward(self, managed: ManagedParameter, *, trusts_stamp: bool) -> None:
         """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back.
 
         What is written through ``.data`` changes no stamp: it is not trusted before a state_dict(), nor at the first
         forward in another mode, as averages and merged adapters are for evaluation.
         """
         parameter = managed.tensor()
-        if parameter is None and layer is managed.layer() and managed.is_in_place():
+        if parameter is None and managed.is_in_place():
             managed.check_present()
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
