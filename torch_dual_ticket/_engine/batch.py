@@ -27,7 +27,7 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         self._ordinary = [tensor for _, tensor in self if type(tensor) is nn.Parameter and not tensor.is_meta]
         self._made_for: tuple[Any, ...] = ()
         self._masks: list[Tensor | None] = []
-        self._bits: list[Tensor] = []
+        self.bits: list[Tensor] = []  # of the parameters for which masks() has found one: no change to them is counted
 
     def where(self, chosen: Iterable[bool]) -> Batch:
         """Some of them."""
@@ -48,12 +48,7 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
                 else None
                 for one, tensor in self
             ]
-            self._made_for, self._bits = (masks, holds, memory), []
-        return self._masks
-
-    def bits(self) -> list[Tensor]:
-        """The bits of the parameters for which :meth:`masks` has just found one; backward() sees no change to them."""
-        if not self._bits:
             found = zip(self, self._masks, strict=True)
-            self._bits = [bits(tensor.data) for (_, tensor), mask in found if mask is not None]
-        return self._bits
+            self.bits = [bits(tensor.data) for (_, tensor), mask in found if holds and mask is not None]
+            self._made_for = (masks, holds, memory)
+        return self._masks

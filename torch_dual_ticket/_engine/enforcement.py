@@ -55,7 +55,7 @@ class Enforcement:
     def clear(self, batch: Batch, masks: Mapping[str, Mask]) -> None:
         """Set the masked weights to zero; backward() does not notice."""
         found = batch.masks(masks, holds=True)
-        clear_all_(batch.bits(), [kept for kept in found if kept is not None])
+        clear_all_(batch.bits, [kept for kept in found if kept is not None])
         others = [entry for entry, kept in zip(batch, found, strict=True) if kept is None]
         clear_(piece for one, tensor in others for piece in one.weight_pieces(masks[one.name], tensor))
 

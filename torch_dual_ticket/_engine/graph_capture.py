@@ -43,8 +43,8 @@ class CapturedPenalty:
         for device in devices - self._ready:  # what is filled now would be filled again at each replay
             raise RuntimeError(
                 f"a graph is captured of an update with gradients on {device}, where λ could not grow between its"
-                " replays. Run a few updates first, as torch.cuda.graph asks for anyway; and leave updates out of graphs"
-                " on devices other than CUDA."
+                " replays. Run a few updates first, as torch.cuda.graph asks for anyway; and leave updates out of"
+                " graphs on devices other than CUDA."
             )
         self.is_captured = True
         return self._on_device[next(iter(devices))] if devices else penalty

@@ -56,7 +56,7 @@ class ManagedParameter:
         self.shard: Tensor | None = None  # the DTensor whose masked weights were set to zero
         self.hook: Any = None  # the handle of the hook on the gradient
         self.stamp: tuple[int, int, int] | None = None  # of the tensor when its masked weights were set to zero
-        self._home: Any = _nowhere  # the module that has the tensor, weakly, and its name there
+        self._home: Any = lambda: None  # the module that has the tensor, weakly, and its name there
         self._key = ""
 
     def tensor(self) -> Tensor | None:
@@ -138,9 +138,6 @@ class ManagedParameter:
             return self.cache.pieces(mask, parameter, local(grad), weight, holds=holds)
         rows = grad._indices()[0]
         return [(grad._values(), weight[rows], self.cache.whole(mask, parameter, holds=holds)[rows])]
-
-
-def _nowhere() -> None: ...
 
 
 def is_converted(parameter: Tensor) -> bool:
