@@ -164,7 +164,7 @@ class RSTScheduler(ManagedMasks):
             optimizer=optimizer,
             stores_masks=store_masks,
             before_first=self._sparse_start.count,
-            after_update=MissingStep(self._timeline.total).look,
+            after_each=MissingStep(self._timeline.total).look,
         )
         manage(self._ticket, found)
         self._unfinished = Unfinished(self, self._ticket, self._timeline.total)

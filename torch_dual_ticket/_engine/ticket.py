@@ -1,4 +1,4 @@
-"""A ticket: the managed parameters of one model, in one of two phases, and what is done to all of them at once."""
+"""A ticket: the managed parameters of one model, and when what is done to all of them at once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Ticket:
         optimizer: Optimizer | None = None,
         stores_masks: bool = True,
         before_first: Callable[[Ticket], None] | None = None,
-        after_update: Callable[[Ticket, int], None] | None = None,
+        after_each: Callable[[Ticket, int], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
@@ -65,13 +65,14 @@ class Ticket:
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
         self._before_first = before_first  # called once, before the first update
-        self._after_update = after_update  # called with the number of updates of that optimizer in this scheduler step
+        self._after_each = after_each  # called with the number of updates of that optimizer in this scheduler step
         self._gradient_hook = GradientHook(self._on_gradients)
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
     @property
     def phase(self) -> Phase:
+        """That of the stage, or idle where the scheduler of a transformation is gone, or the ticket was released."""
         phase = self.stage.phase
         is_dropped = phase is Phase.TRANSFORM and (self._scheduler is None or self._scheduler() is None)
         return Phase.IDLE if is_dropped or self.is_released else phase
@@ -309,8 +310,8 @@ class Ticket:
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
         self.updates.complete(optimizer)
-        if self._after_update is not None:
-            self._after_update(self, self.updates.by[id(optimizer)])
+        if self._after_each is not None:
+            self._after_each(self, self.updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

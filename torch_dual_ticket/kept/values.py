@@ -52,7 +52,7 @@ class KeptValues(Ticket):
         for managed, parameter in ticket.managed():
             ticket.connect(managed, parameter)
             managed.cache.drop()  # a byte for each weight
-        ticket._managed = Batch([])  # which has them, too
+        ticket.drop_tensors()  # with which it has masks, too
         for weight, parameter in self.sources():
             weight.take_gradient(parameter)
 
