@@ -18,7 +18,7 @@ from .._tensors.kernels import clear_
 from .batch import Batch
 from .call_stack import in_functional_call
 from .enforcement import Enforcement
-from .gradient_hook import GradientHook
+from .gradient_hook import gradient_hook, register
 from .graph_capture import CapturedPenalty
 from .parameter import ManagedParameter, is_treated, stamp_of
 from .penalty import add_penalty
@@ -66,7 +66,7 @@ class Ticket:
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
         self._before_first = before_first  # called once, before the first update
         self._after_each = after_each  # called with the number of updates of that optimizer in this scheduler step
-        self._gradient_hook = GradientHook(self._on_gradients)
+        self._gradient_hook = gradient_hook(self._on_gradients)
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Ticket:
     def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
         """Mask the gradients of this tensor at the end of each backward pass, before clipping looks at them."""
         managed.disconnect()
-        managed.hook = self._gradient_hook.register(parameter)
+        managed.hook = register(parameter, self._gradient_hook)
         self.enforcement.connect(managed, parameter)
 
     def _on_gradients(self, parameter: Tensor | None) -> None:
