@@ -1,4 +1,4 @@
-"""A ticket: the managed parameters of one model, and when what is done to all of them at once."""
+"""A ticket: the managed parameters of one model, and what happens to all of them when."""
 
 from __future__ import annotations
 
