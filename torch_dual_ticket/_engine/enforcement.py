@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._tensors.kernels import bits, clear_, clear_all_
-from .parameter import MARK, ManagedParameter, is_treated, note_treated
+from .parameter import MARK, ManagedParameter, is_treated, note_treated, writable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Enforcement:
             if grad is None or (MARK in grad.__dict__ and is_treated(grad, update)):
                 continue
             if mask is None or type(grad) is not Tensor or grad.is_sparse:
-                others.append((one, parameter, grad))
+                others.append((one, parameter, writable(parameter, grad)))
             else:
                 grads.append(grad)
                 kept.append(mask)
@@ -49,7 +49,7 @@ class Enforcement:
             for one, parameter, grad in others
             for part, _, mask in one.gradient_pieces(masks[one.name], parameter, grad, holds=True)
         )
-        note_treated([*grads, *(p.grad for _, p, _ in others if p.grad is not None)], update)
+        note_treated([*grads, *(grad for _, _, grad in others)], update)
 
     @torch.no_grad()
     def clear(self, batch: Batch, masks: Mapping[str, Mask]) -> None:

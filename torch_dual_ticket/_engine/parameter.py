@@ -132,8 +132,8 @@ class ManagedParameter:
     def gradient_pieces(
         self, mask: Mask, parameter: Tensor, grad: Tensor, *, holds: bool
     ) -> Iterable[tuple[Tensor, ...]]:
-        """Gradient, weight and mask, of this process's shard; of a sparse gradient the rows that it has."""
-        grad, weight = _writable(parameter, grad), local(parameter)
+        """A writable gradient, weight and mask, of this process's shard; of a sparse one the rows that it has."""
+        weight = local(parameter)
         if not grad.is_sparse:
             return self.cache.pieces(mask, parameter, local(grad), weight, holds=holds)
         rows = grad._indices()[0]
@@ -174,8 +174,8 @@ def note_treated(grads: list[Tensor], update: int) -> None:
         grad.__dict__[MARK] = (grad._version if type(grad) is Tensor else version(grad), update)
 
 
-def _writable(parameter: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in a form that can be changed in place, sharded as the parameter is."""
+def writable(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The parameter's gradient, which gets a form that can be changed in place, sharded as the parameter is."""
     if grad.is_sparse:
         grad = parameter.grad = grad.coalesce()
     elif grad.is_conj():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._tensors.dtensor import sum_over_shards
 from .._tensors.kernels import add_scaled_, add_scaled_all_
-from .parameter import MARK, ManagedParameter, is_treated, note_treated
+from .parameter import MARK, ManagedParameter, is_treated, note_treated, writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -53,9 +53,9 @@ def add_penalty(
             continue
         penalized.append(entry)
         if group.get("maximize"):
-            maximized.append((one, parameter, grad))
+            maximized.append((one, parameter, writable(parameter, grad)))
         elif mask is None or type(grad) is not Tensor or grad.is_sparse:
-            others.append((one, parameter, grad))
+            others.append((one, parameter, writable(parameter, grad)))
         else:
             grads.append(grad)
             weights.append(parameter)
@@ -73,7 +73,7 @@ def add_penalty(
                     for piece in one.gradient_pieces(masks[one.name], parameter, grad, holds=False)
                 )
                 add_scaled_(pieces, factor if entries is others else -factor)
-        note_treated([*grads, *(p.grad for _, p, _ in (*others, *maximized) if p.grad is not None)], update)
+        note_treated([*grads, *(grad for _, _, grad in (*others, *maximized))], update)
     if optimizer is not None and (penalized or is_applied):
         updates.begin(optimizer)
     return penalized
