@@ -125,8 +125,8 @@ class Ticket:
         self.stage = Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
         if was_held:
             for managed in self.parameters:
-                managed.disconnect()
                 managed.stamp = None
+                managed.disconnect()
 
     def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
         """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
@@ -234,10 +234,10 @@ class Ticket:
         self.enforcement.clear(batch, self.stage.masks if masks is None else masks)
         for one, parameter in batch:  # after all changes: views of one tensor share a version
             before, stamp = one.stamp, stamp_of(parameter)
-            one.stamp = stamp
-            one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
             if before is None or before[0] != stamp[0] or before[1] != stamp[1]:  # a tensor unknown so far
                 self.connect(one, parameter)
+            one.stamp = stamp
+            one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
 
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
