@@ -164,7 +164,7 @@ class RSTScheduler(ManagedMasks):
             optimizer=optimizer,
             stores_masks=store_masks,
             before_first=self._sparse_start.count,
-            after_update=MissingStep(self._timeline.total).look,
+            after_each=MissingStep(self._timeline.total).look,
         )
         manage(self._ticket, found)
         self._unfinished = Unfinished(self, self._ticket, self._timeline.total)
@@ -186,18 +186,17 @@ class RSTScheduler(ManagedMasks):
                 warn_of_lost_layers(ticket.detach_lost(), stacklevel=3)
             self._step_in_force()
             return
-        transformation = ticket.transformation
-        unpenalized = transformation.unpenalized(ticket.parameters)
+        unpenalized = ticket.unpenalized()
         if unpenalized:
             validation.check_reachable(ticket, stacklevel=3)
         if not ticket.parameters:
             return
         if not (self._steps or self._seed_is_given):
             check_not_joined(self._ranks)
-        steps = min(self._steps + transformation.counts(is_last=self._steps == timeline.total - 1), timeline.total)
+        steps = min(self._steps + ticket.counts(is_last=self._steps == timeline.total - 1), timeline.total)
         self._advice.look(ticket, self._steps, steps)
         penalty, masks = timeline.penalty(steps), self._masks_after(steps)  # a schedule may raise
-        ticket.begin_step()
+        ticket.updates.begin_step()
         ticket.transform(masks, penalty, steps)
         self._missing_penalty.look(ticket, unpenalized)
         self._sparse_start.speak()
@@ -346,7 +345,7 @@ class RSTScheduler(ManagedMasks):
         return {
             "version": validation.STATE_VERSION,
             "ticks": self._steps,
-            "update_pending": self._ticket.transformation.updates.settle(wait=True),
+            "update_pending": self._ticket.updates.settle(wait=True),
             "phase": self.phase,
             "seed": self.seed,
             "masks": self._fingerprints(self.seed),

@@ -135,8 +135,8 @@ def test_a_list_of_masks_stays_as_it_was_when_the_phase_changes():
     weight = nn.Parameter(torch.zeros(90, 60))  # large enough for a mask in uint8
     kept = torch.arange(90 * 60).view(90, 60) % 3 == 0
     mask, cache = ExplicitMask(kept), MaskCache("weight", stored=True)
-    penalized = cache.whole(mask, weight, weight, holds=False)
+    penalized = cache.whole(mask, weight, holds=False)
     assert penalized.dtype is torch.uint8
-    held = cache.whole(mask, weight, weight, holds=True)
+    held = cache.whole(mask, weight, holds=True)
     assert torch.equal(penalized.bool(), ~kept)
     assert torch.equal(held.bool(), kept)

@@ -115,3 +115,17 @@ def test_lambda_as_it_is_shown():
     rst.step()
     assert rst.penalty == 0.0
     assert rst.state_dict() == before
+
+
+def test_a_finalize_between_forward_and_backward_is_noticed():
+    """The gradients would be those of the dense weights and of the sparse ones at once."""
+    model = make(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rst = RSTScheduler(model, sparsity=0.5, steps=1)
+    loss_of(model, 0, SHAPE).backward()
+    optimizer.step()
+    rst.step()
+    loss = loss_of(model, 1, SHAPE)
+    finalize_quietly(rst)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

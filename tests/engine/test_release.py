@@ -450,7 +450,9 @@ def test_a_thousand_tickets_are_gone():
     model = make(mlp)
     for _ in range(1000):
         rst = RSTScheduler(model, sparsity=0.5, seed=0)
-        seen += [weakref.ref(rst), weakref.ref(rst._ticket), *map(weakref.ref, rst._ticket.parameters)]
+        ticket = rst._ticket
+        seen += map(weakref.ref, [rst, ticket, ticket._gradient_hook, *ticket.parameters])
+        del ticket
         rst.remove()
         del rst
     assert all(ref() is None for ref in seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -26,7 +27,12 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         self._ordinary = [tensor for _, tensor in self if type(tensor) is nn.Parameter and not tensor.is_meta]
         self._made_for: tuple[Any, ...] = ()
         self._masks: list[Tensor | None] = []
-        self._bits: list[Tensor] = []
+        self.bits: list[Tensor] = []  # of the parameters for which masks() has found one: no change to them is counted
+
+    def where(self, chosen: Iterable[bool]) -> Batch:
+        """Some of them."""
+        which = list(chosen)
+        return Batch(compress(self, which), list(compress(self.groups, which)))
 
     def masks(self, masks: Mapping[str, Mask], *, holds: bool) -> list[Tensor | None]:
         """For each parameter the mask for one operation on all of them; None where it takes more than that.
@@ -37,17 +43,12 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         if not self._made_for or self._made_for[0] is not masks or self._made_for[1:] != (holds, memory):
             ordinary = set(map(id, self._ordinary))
             self._masks = [
-                one.cache.whole(masks[one.name], tensor, tensor, holds=holds)
+                one.cache.whole(masks[one.name], tensor, holds=holds)
                 if id(tensor) in ordinary and one.cache.is_stored_for(tensor) and is_simple(tensor)
                 else None
                 for one, tensor in self
             ]
-            self._made_for, self._bits = (masks, holds, memory), []
-        return self._masks
-
-    def bits(self) -> list[Tensor]:
-        """The bits of the parameters for which :meth:`masks` has just found one; backward() sees no change to them."""
-        if not self._bits:
             found = zip(self, self._masks, strict=True)
-            self._bits = [bits(tensor.data) for (_, tensor), mask in found if mask is not None]
-        return self._bits
+            self.bits = [bits(tensor.data) for (_, tensor), mask in found if holds and mask is not None]
+            self._made_for = (masks, holds, memory)
+        return self._masks

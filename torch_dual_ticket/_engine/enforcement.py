@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._tensors.kernels import bits, clear_, clear_all_
-from .parameter import MARK, ManagedParameter, is_treated, note_treated
+from .parameter import MARK, ManagedParameter, is_treated, note_treated, writable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Enforcement:
             if grad is None or (MARK in grad.__dict__ and is_treated(grad, update)):
                 continue
             if mask is None or type(grad) is not Tensor or grad.is_sparse:
-                others.append((one, parameter, grad))
+                others.append((one, parameter, writable(parameter, grad)))
             else:
                 grads.append(grad)
                 kept.append(mask)
@@ -49,17 +49,15 @@ class Enforcement:
             for one, parameter, grad in others
             for part, _, mask in one.gradient_pieces(masks[one.name], parameter, grad, holds=True)
         )
-        note_treated([*grads, *(p.grad for _, p, _ in others if p.grad is not None)], update)
+        note_treated([*grads, *(grad for _, _, grad in others)], update)
 
     @torch.no_grad()
-    def clear(self, batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
-        """Set the masked weights to zero; backward() does not notice changes that are not ``counted``."""
+    def clear(self, batch: Batch, masks: Mapping[str, Mask]) -> None:
+        """Set the masked weights to zero; backward() does not notice."""
         found = batch.masks(masks, holds=True)
-        simple = [(one[1], kept) for one, kept in zip(batch, found, strict=True) if kept is not None]
-        weights = [bits(tensor) for tensor, _ in simple] if counted else batch.bits()
-        clear_all_(weights, [kept for _, kept in simple])
-        others = [one for one, kept in zip(batch, found, strict=True) if kept is None]
-        clear_(part for one, tensor in others for part in one.weight_pieces(masks[one.name], tensor, counted=counted))
+        clear_all_(batch.bits, [kept for kept in found if kept is not None])
+        others = [entry for entry, kept in zip(batch, found, strict=True) if kept is None]
+        clear_(piece for one, tensor in others for piece in one.weight_pieces(masks[one.name], tensor))
 
     def stop(self) -> None:
         """The masks are about to be lifted."""

@@ -33,20 +33,21 @@ class CapturedPenalty:
         """
         if not is_in_use():
             return penalty
-        devices, captures = {grad.device for grad in grads}, is_capturing()
-        for device in devices:
-            if not captures and may_be_captured(device) and device not in self._ready:
+        devices = {grad.device for grad in grads}
+        if not is_capturing():
+            for device in filter(may_be_captured, devices - self._ready):
                 if device not in self._on_device:
                     self._on_device[device] = torch.full((), penalty, dtype=torch.float64, device=device)
                 self._ready.add(device)
-            if captures and device not in self._ready:  # what is filled now would be filled again at each replay
-                raise RuntimeError(
-                    f"a graph is captured of an update with gradients on {device}, where λ could not grow between its"
-                    " replays. Run a few updates first, as torch.cuda.graph asks for anyway; and leave updates out of"
-                    " graphs on devices other than CUDA."
-                )
-        self.is_captured = self.is_captured or captures
-        return self._on_device[next(iter(devices))] if captures and devices else penalty
+            return penalty
+        for device in devices - self._ready:  # what is filled now would be filled again at each replay
+            raise RuntimeError(
+                f"a graph is captured of an update with gradients on {device}, where λ could not grow between its"
+                " replays. Run a few updates first, as torch.cuda.graph asks for anyway; and leave updates out of"
+                " graphs on devices other than CUDA."
+            )
+        self.is_captured = True
+        return self._on_device[next(iter(devices))] if devices else penalty
 
     def check_not_capturing(self) -> None:
         """``RuntimeError`` where a scheduler step would be captured: replays would bring back the λ of now."""

@@ -50,7 +50,7 @@ class LayerHook(prune.BasePruningMethod):
             return
         if keep_vars is not None:
             if managed.tensor() is not None:
-                ticket.at_forward(managed, module, trusts_stamp=False)
+                ticket.at_forward(managed, trusts_stamp=False)
             return
         training, known = module.training, self._was_training
         if training is known and not ticket.manual:  # the common case, passed most often
@@ -62,7 +62,7 @@ class LayerHook(prune.BasePruningMethod):
                 except RuntimeError:  # made in inference mode: it has no version
                     pass
         self._was_training = training
-        ticket.at_forward(managed, module, trusts_stamp=known is None or training is known)
+        ticket.at_forward(managed, trusts_stamp=training is known)
 
     # -- the torch.nn.utils.prune side ---------------------------------------------------------------------------------
 
@@ -89,8 +89,9 @@ class LayerHook(prune.BasePruningMethod):
         return default_mask * kept.to(default_mask.dtype)
 
     def remove(self, module: nn.Module) -> None:
-        """Called by ``prune.remove``, which deletes this hook itself: the parameter leaves the ticket for good."""
-        self.ticket.detach(self.managed, keep_hook=self._occurrence.hook_id)
+        """Called by ``prune.remove``: the parameter leaves the ticket for good."""
+        self.ticket.detach(self.managed)
+        module._forward_pre_hooks[self._occurrence.hook_id] = self  # which prune.remove deletes now
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

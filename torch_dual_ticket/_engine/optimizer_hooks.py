@@ -20,6 +20,7 @@ from .._tensors.dtensor import is_sharded
 from .batch import Batch
 from .call_stack import in_dummy_step, outer_steps
 from .hook_order import pair
+from .penalty import loss_term
 from .stage import Phase
 
 if TYPE_CHECKING:
@@ -127,16 +128,12 @@ def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
     found = [
         (ticket, held)
         for ticket, held in found
-        if not (ticket.holds or ticket.transformation.silenced)
-        and ((given := ticket.transformation.optimizer) is None or _is_part(optimizer, given()))
+        if not (ticket.holds or ticket.updates.silenced)
+        and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
     ]
     if found and (parts := _parts(optimizer)):
         left = {key for part in parts for key in groups_of(part)}
-        rest = [[i for i, (_, tensor) in enumerate(held) if id(tensor) not in left] for _, held in found]
-        found = [
-            (ticket, Batch([held[i] for i in which], [held.groups[i] for i in which]))
-            for (ticket, held), which in zip(found, rest, strict=True)
-        ]
+        found = [(ticket, held.where(id(tensor) not in left for _, tensor in held)) for ticket, held in found]
     return found
 
 
@@ -191,13 +188,15 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             ticket.before_update(held, optimizer)
     to_penalize = _to_penalize(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
-        for ticket, _ in to_penalize:
-            ticket.transformation.dummy_steps += 1
         return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:
         for ticket, held in to_penalize:
-            ticket.penalize(held, optimizer, outer=_updated_outside)
+            since = ticket.updates.serial_at_step
+            if ticket.updates.serial > since and (outside := _updated_outside()):
+                # A step around this one has penalized these, and may have changed or replaced the gradients since.
+                held = held.where(not (one.penalized_at > since and id(tensor) in outside) for one, tensor in held)
+            ticket.penalize(held, optimizer)
         return None
     wrapped = _with_penalty(closure, optimizer)
     return (args, {**kwargs, "closure": wrapped}) if "closure" in kwargs else ((args[0], wrapped, *args[2:]), kwargs)
@@ -211,18 +210,20 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
         found = _find(optimizer)
         for ticket, held in found:
             if ticket.holds:
-                ticket.zero(Batch([(one, parameter) for one, parameter in held if not one.is_clean(parameter)]))
-        before = {id(ticket): ticket.transformation.serial for ticket, _ in found}
+                ticket.zero(held.where(not one.is_clean(parameter) for one, parameter in held))
+        before = {id(ticket): ticket.updates.serial for ticket, _ in found}
         loss = closure()
         for ticket, held in found:
             if ticket.holds:
                 ticket.before_update(held, optimizer)
         for ticket, held in _to_penalize(_find(optimizer), optimizer):
-            # But for what the closure has penalized itself: it may be that of a step around this one, handed down.
-            transformation = ticket.transformation
-            penalized = ticket.penalize(held, optimizer, after=before.get(id(ticket), transformation.serial))
+            serial = ticket.updates.serial
+            since = before.get(id(ticket), serial)
+            if serial > since:  # by the closure itself: it may be that of a step around this one, handed down
+                held = held.where(one.penalized_at <= since for one, _ in held)
+            penalized = ticket.penalize(held, optimizer)
             if isinstance(optimizer, LBFGS):  # its line search compares losses
-                loss = loss + transformation.term(penalized, ticket.stage.masks, ticket.stage.penalty)
+                loss = loss + loss_term(penalized, ticket.stage.masks, ticket.stage.penalty)
         return loss
 
     return evaluate

@@ -13,7 +13,7 @@ from .._tensors.kernels import squared_norms
 from .._tensors.mask_cache import MaskCache
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from ..masks.mask import Mask
 
@@ -30,11 +30,6 @@ class WeakOccurrence:
         self.layer, self.owner = weakref.ref(layer), weakref.ref(owner)
         self.tensor_name, self.attribute = tensor_name, attribute
         self.hook_id = hook_id  # of the forward pre-hook on the layer
-
-    def homes(self) -> Iterator[tuple[weakref.ref[nn.Module], str]]:
-        """Where the parameter may be, and its name there: first in the layer, as a parametrization may be gone."""
-        yield self.layer, self.tensor_name
-        yield self.owner, self.attribute
 
     def is_in_place(self, inside: Collection[nn.Module] | None) -> bool:
         """Whether the layer still has its hook, and lives ``inside`` the model with what registers the parameter."""
@@ -61,7 +56,7 @@ class ManagedParameter:
         self.shard: Tensor | None = None  # the DTensor whose masked weights were set to zero
         self.hook: Any = None  # the handle of the hook on the gradient
         self.stamp: tuple[int, int, int] | None = None  # of the tensor when its masked weights were set to zero
-        self._home: Any = _nowhere  # the module that has the tensor, weakly, and its name there
+        self._home: Any = lambda: None  # the module that has the tensor, weakly, and its name there
         self._key = ""
 
     def tensor(self) -> Tensor | None:
@@ -70,19 +65,16 @@ class ManagedParameter:
         found: Tensor | None = None if module is None else module._parameters.get(self._key)
         if found is not None:
             return found
-        for occurrence in self.occurrences:
-            for home, key in occurrence.homes():
-                module = home()
+        for one in self.occurrences:
+            # First in the layer, as a parametrization may be gone.
+            for home, key in ((one.layer, one.tensor_name), (one.owner, one.attribute)):
                 # A module that is just being copied, or unpickled, has no attributes yet.
-                parameters: dict[str, Any] = {} if module is None else module.__dict__.get("_parameters", {})
-                if parameters.get(key) is not None:
-                    if key == occurrence.tensor_name:  # what a parametrization has may go back to the layer
+                found = getattr(home(), "__dict__", {}).get("_parameters", {}).get(key)
+                if found is not None:
+                    if key == one.tensor_name:  # what a parametrization has may go back to the layer
                         self._home, self._key = home, key
-                    found = parameters[key]
-                    break
-            if found is not None:
-                break
-        return found
+                    return found
+        return None
 
     def check_present(self) -> None:
         """``RuntimeError`` if something has taken the parameter out of its layer."""
@@ -116,6 +108,13 @@ class ManagedParameter:
             self.hook.remove()
         self.hook = None
 
+    def remove_hooks(self) -> None:
+        """Remove the hooks on the gradient and on the layers."""
+        self.disconnect()
+        for occurrence in self.occurrences:
+            if (layer := occurrence.layer()) is not None:
+                remove_hook(layer, occurrence.hook_id)
+
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether the tensor is the one whose masked weights were set to zero, and unchanged since."""
         return self.stamp == stamp_of(parameter)
@@ -123,28 +122,22 @@ class ManagedParameter:
     def squared_norms(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
         """The sums of squares of the masked weights and of all weights in this process's shard."""
         weight = local(parameter).detach()
-        pieces: Any = self.cache.pieces(mask, parameter, weight, weight, holds=holds)
+        pieces: Any = self.cache.pieces(mask, parameter, weight, holds=holds)
         return squared_norms(pieces, 0 if holds else 1, weight.device)
 
-    def weight_pieces(self, mask: Mask, parameter: Tensor, *, counted: bool) -> Iterable[Any]:
-        """Weight and mask, of this process's shard; backward() does not notice changes that are not ``counted``."""
-        weight = local(parameter)
-        return self.cache.pieces(mask, parameter, weight, weight if counted else weight.data, holds=True)
+    def weight_pieces(self, mask: Mask, parameter: Tensor) -> Iterable[Any]:
+        """Weight and mask, of this process's shard; backward() does not notice changes."""
+        return self.cache.pieces(mask, parameter, local(parameter).data, holds=True)
 
     def gradient_pieces(
         self, mask: Mask, parameter: Tensor, grad: Tensor, *, holds: bool
     ) -> Iterable[tuple[Tensor, ...]]:
-        """Gradient, weight and mask, of this process's shard; of a sparse gradient the rows that it has."""
-        if type(grad) is Tensor and type(parameter) is nn.Parameter and not (grad.is_sparse or grad.is_conj()):
-            return self.cache.pieces(mask, parameter, parameter, grad, parameter, holds=holds)  # the common case
-        grad, weight = _writable(parameter, grad), local(parameter)
+        """A writable gradient, weight and mask, of this process's shard; of a sparse one the rows that it has."""
+        weight = local(parameter)
         if not grad.is_sparse:
-            return self.cache.pieces(mask, parameter, weight, local(grad), weight, holds=holds)
+            return self.cache.pieces(mask, parameter, local(grad), weight, holds=holds)
         rows = grad._indices()[0]
-        return [(grad._values(), weight[rows], self.cache.whole(mask, parameter, weight, holds=holds)[rows])]
-
-
-def _nowhere() -> None: ...
+        return [(grad._values(), weight[rows], self.cache.whole(mask, parameter, holds=holds)[rows])]
 
 
 def is_converted(parameter: Tensor) -> bool:
@@ -152,11 +145,10 @@ def is_converted(parameter: Tensor) -> bool:
     return is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter)
 
 
-def remove_hook(layer: nn.Module, hook_id: int, *, keeps_forward: bool = False) -> None:
+def remove_hook(layer: nn.Module, hook_id: int) -> None:
     """Take a hook of ours off a layer: before its forward and before its state_dict()."""
     layer._state_dict_pre_hooks.pop(hook_id, None)
-    if not keeps_forward:
-        layer._forward_pre_hooks.pop(hook_id, None)
+    layer._forward_pre_hooks.pop(hook_id, None)
 
 
 def stamp_of(parameter: Tensor) -> tuple[int, int, int]:
@@ -182,8 +174,8 @@ def note_treated(grads: list[Tensor], update: int) -> None:
         grad.__dict__[MARK] = (grad._version if type(grad) is Tensor else version(grad), update)
 
 
-def _writable(parameter: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in a form that can be changed in place, sharded as the parameter is."""
+def writable(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The parameter's gradient, which gets a form that can be changed in place, sharded as the parameter is."""
     if grad.is_sparse:
         grad = parameter.grad = grad.coalesce()
     elif grad.is_conj():

@@ -1,4 +1,4 @@
-"""A ticket: the managed parameters of one model, in one of two phases, and what is done to all of them at once."""
+"""A ticket: the managed parameters of one model, and what happens to all of them when."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd.graph import increment_version
 
 from .._tensors.dtensor import is_sharded, local, mesh_of, reshard
 from .._tensors.kernels import clear_
 from .batch import Batch
 from .call_stack import in_functional_call
 from .enforcement import Enforcement
-from .gradient_hook import GradientHook
-from .parameter import ManagedParameter, is_treated, remove_hook, stamp_of
+from .gradient_hook import gradient_hook, register
+from .graph_capture import CapturedPenalty
+from .parameter import ManagedParameter, is_treated, stamp_of
+from .penalty import add_penalty
 from .stage import Phase, Stage
-from .transformation import Transformation
+from .updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -46,12 +49,14 @@ class Ticket:
         optimizer: Optimizer | None = None,
         stores_masks: bool = True,
         before_first: Callable[[Ticket], None] | None = None,
-        after_update: Callable[[Ticket, int], None] | None = None,
+        after_each: Callable[[Ticket, int], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
         self.detached: set[str] = set()  # names that prune.remove took out, or whose layers are gone
-        self.transformation = Transformation(optimizer)
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)  # the only one that is to penalize
+        self.updates = Updates()
+        self.captured = CapturedPenalty()
         self.enforcement = Enforcement()
         self.stores_masks = stores_masks
         self.is_released = False
@@ -59,16 +64,15 @@ class Ticket:
         self._model = None if model is None else weakref.ref(model)
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
-        self._update = 0  # the number of the update that gradients are treated for
-        self._update_is_over = False  # its scheduler step came before it, and it may still be on its way
         self._before_first = before_first  # called once, before the first update
-        self._after_update = after_update  # called with the number of updates of that optimizer in this scheduler step
-        self._gradient_hook = GradientHook(self._on_gradients)
+        self._after_each = after_each  # called with the number of updates of that optimizer in this scheduler step
+        self._gradient_hook = gradient_hook(self._on_gradients)
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
     @property
     def phase(self) -> Phase:
+        """That of the stage, or idle where the scheduler of a transformation is gone, or the ticket was released."""
         phase = self.stage.phase
         is_dropped = phase is Phase.TRANSFORM and (self._scheduler is None or self._scheduler() is None)
         return Phase.IDLE if is_dropped or self.is_released else phase
@@ -114,26 +118,27 @@ class Ticket:
     def transform(self, masks: Mapping[str, Mask], penalty: float, steps: int) -> None:
         """Penalize from now on, with these masks and this λ; weights that were held at zero may grow again."""
         if masks is not self.stage.masks:
-            self.transformation.captured.masks_change()
-        self.transformation.captured.fill(penalty)
+            self.captured.masks_change()
+        self.captured.fill(penalty)
         if was_held := self.holds:
             self.enforcement.stop()
         self.stage = Stage(Phase.TRANSFORM, masks, penalty, steps)  # the switch
         if was_held:
             for managed in self.parameters:
+                managed.stamp = None
                 managed.disconnect()
 
     def hold_zeros(self, masks: Mapping[str, Mask], steps: int = 0, report: Any = None) -> None:
         """Set the masked weights to zero, and hold them there from now on. The shards are in place."""
-        self.transformation.captured.masks_change()
+        self.captured.masks_change()
         managed = self.managed()
-        self.zero(Batch([entry for entry in managed if not entry[1].is_meta]), masks, counted=True)
-        for one, parameter in managed:
-            self.connect(one, parameter)
-        self._update += 1  # gradients that were penalized are to be masked
+        for _, parameter in managed:
+            increment_version(local(parameter))  # a backward() that needs them as they were is to say so
+        self.zero(managed.where(not parameter.is_meta for _, parameter in managed), masks)
+        self.updates.number += 1  # gradients that were penalized are to be masked
         self.stage = Stage(Phase.FINETUNE, masks, steps=steps, report=report)  # the switch
         self.mask_gradients(managed)
-        self._update += 1  # they may still be written to without a trace
+        self.updates.number += 1  # they may still be written to without a trace
         torch.clear_autocast_cache()  # it may hold casts of the weights as they were
 
     def release(self) -> None:
@@ -142,17 +147,15 @@ class Ticket:
         self.is_released = True  # the switch: hooks that are still there do nothing
         self.stage = replace(self.stage, penalty=0.0)
         for managed in self.parameters:
-            managed.disconnect()
-            _remove_layer_hooks(managed)
+            managed.remove_hooks()
         self.parameters, self._managed = (), Batch([])
 
-    def detach(self, managed: ManagedParameter, *, keep_hook: int | None = None) -> None:
+    def detach(self, managed: ManagedParameter) -> None:
         """One parameter leaves the ticket for good; zeros stay where they are."""
         self.detached.add(managed.name)
         self.parameters = tuple(other for other in self.parameters if other is not managed)
         self._managed = Batch([])
-        managed.disconnect()
-        _remove_layer_hooks(managed, keep_hook)
+        managed.remove_hooks()
 
     def has_lost_layers(self) -> bool:
         """Whether layers do not exist any more; a parameter that another layer has taken over is not known there."""
@@ -170,7 +173,7 @@ class Ticket:
     def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
         """Mask the gradients of this tensor at the end of each backward pass, before clipping looks at them."""
         managed.disconnect()
-        managed.hook = self._gradient_hook.register(parameter)
+        managed.hook = register(parameter, self._gradient_hook)
         self.enforcement.connect(managed, parameter)
 
     def _on_gradients(self, parameter: Tensor | None) -> None:
@@ -181,10 +184,9 @@ class Ticket:
         """
         if self.phase is not Phase.FINETUNE:
             return
-        if parameter is not None:
-            self.mask_gradients(Batch([entry for entry in self.managed() if entry[1] is parameter]))
-            return
         managed = self._managed or self.managed()  # as forwards and updates have last seen them
+        if parameter is not None:
+            managed = managed.where(one is parameter for _, one in managed)
         self.mask_gradients(managed)
         shards = [(one, one.shard) for one, tensor in managed if one.shard is not None and one.shard is not tensor]
         if shards:
@@ -192,22 +194,18 @@ class Ticket:
 
     def mask_gradients(self, batch: Batch) -> None:
         """Set the gradients of the masked weights to zero, where that is not done yet."""
-        self.enforcement.mask_gradients(batch, self.stage.masks, self._update)
+        self.enforcement.mask_gradients(batch, self.stage.masks, self.updates.number)
 
     # -- the penalty ---------------------------------------------------------------------------------------------------
 
-    def penalize(
-        self, batch: Batch, optimizer: Optimizer | None = None, **left_out: Any
-    ) -> list[tuple[ManagedParameter, Tensor]]:
-        """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due.
-
-        ``left_out`` are the arguments of :meth:`Transformation.penalize` that leave some out.
-        """
+    def penalize(self, batch: Batch, optimizer: Optimizer | None = None) -> list[tuple[ManagedParameter, Tensor]]:
+        """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due."""
         # First: where an update cannot be captured, nothing is drawn, and nothing changed.
-        factor = self.transformation.factor(batch, self.stage.penalty)
-        if self._before_first is not None and self.transformation.serial == 0:
+        grads = (grad for _, parameter in batch if (grad := parameter.grad) is not None)
+        factor = self.captured.factor(grads, self.stage.penalty)
+        if self._before_first is not None and self.updates.serial == 0:
             self._before_first(self)
-        return self.transformation.penalize(batch, self.stage.masks, factor, self._update, optimizer, **left_out)
+        return add_penalty(batch, self.stage.masks, factor, self.updates, optimizer)
 
     def apply_penalty(self) -> bool:
         """For loops whose update no hook sees; returns whether a managed parameter had a gradient."""
@@ -215,37 +213,36 @@ class Ticket:
         managed = self.managed()
         if all(parameter.grad is None for _, parameter in managed):
             return False
-        self.manual = self.transformation.silenced = True
-        self._update, self._update_is_over = self._update + (self._update_is_over or self.holds), False
+        # A new update; but what comes after a scheduler step may be the update of before, which is still on its way.
+        self.updates.number += self.holds or (self.manual and not self.updates.silenced)
+        self.manual = self.updates.silenced = True
         if self.holds:
             self.mask_gradients(managed)
             self.zero(managed)
         elif self.penalize(managed):
-            self.transformation.updates.note()
+            self.updates.note()
         return True
 
     # -- zeros ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def zero(self, batch: Batch, masks: Mapping[str, Mask] | None = None, *, counted: bool = False) -> None:
+    def zero(self, batch: Batch, masks: Mapping[str, Mask] | None = None) -> None:
         """Set the masked weights to zero, by default those of the masks that apply now.
 
-        If not ``counted``, backward() does not notice: right where they should be zero already, or where the change
-        that made them something else has been counted.
+        backward() does not notice: they should be zero already, or what made them something else has been counted.
         """
-        self.enforcement.clear(batch, self.stage.masks if masks is None else masks, counted=counted)
-        holds = self.holds
+        self.enforcement.clear(batch, self.stage.masks if masks is None else masks)
         for one, parameter in batch:  # after all changes: views of one tensor share a version
             before, stamp = one.stamp, stamp_of(parameter)
+            if before is None or before[0] != stamp[0] or before[1] != stamp[1]:  # a tensor unknown so far
+                self.connect(one, parameter)
             one.stamp = stamp
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
-            if holds and (before is None or before[0] != stamp[0] or before[1] != stamp[1]):  # a tensor unknown so far
-                self.connect(one, parameter)
 
     def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
         self.enforcement.check_update(batch, optimizer)
-        update = self._update
+        update = self.updates.number
         missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
         for one, parameter in missed:
             self.connect(one, parameter)
@@ -254,16 +251,16 @@ class Ticket:
 
     def after_update(self, batch: Batch) -> None:
         self.zero(batch)
-        self._update += 1
+        self.updates.number += 1
 
-    def at_forward(self, managed: ManagedParameter, layer: nn.Module, *, trusts_stamp: bool = True) -> None:
+    def at_forward(self, managed: ManagedParameter, *, trusts_stamp: bool) -> None:
         """The safety net of a layer, for changes that no hook of an optimizer has seen: put the zeros back.
 
         What is written through ``.data`` changes no stamp: it is not trusted before a state_dict(), nor at the first
         forward in another mode, as averages and merged adapters are for evaluation.
         """
         parameter = managed.tensor()
-        if parameter is None and layer is managed.layer() and managed.is_in_place():
+        if parameter is None and managed.is_in_place():
             managed.check_present()
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
@@ -290,29 +287,31 @@ class Ticket:
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """Begin a new scheduler step."""
-        if self.transformation.updates.pending:
-            if self.transformation.silenced:  # what is done manually may come before this step and the update
-                self._update_is_over = True
-            else:
-                self._update += 1
-        self.transformation.begin_step()
+    def unpenalized(self) -> list[ManagedParameter]:
+        """Those without a penalty since the last scheduler step; replays of a graph are taken for granted."""
+        since = self.updates.serial_at_step
+        return [one for one in self.parameters if one.penalized_at <= since and not self.captured.is_captured]
+
+    def counts(self, *, is_last: bool) -> bool:
+        """Whether a scheduler step counts now; for certain, if it is the last one.
+
+        Replays of a CUDA graph are not seen: one is taken for granted.
+        """
+        self.captured.check_not_capturing()
+        return self.updates.settle(wait=is_last) or self.captured.is_captured
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
-        self._update, self._update_is_over = self._update + 1, False
-        self.transformation.resume(pending=pending)
+        self.updates.resume(pending=pending)
         if self.stage.steps:
             for managed in self.parameters:
                 managed.penalized_at = max(managed.penalized_at, 0)  # it may have been, before the restart
 
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
-        updates = self.transformation.updates
-        updates.complete(optimizer)
-        if self._after_update is not None:
-            self._after_update(self, updates.by[id(optimizer)])
+        self.updates.complete(optimizer)
+        if self._after_each is not None:
+            self._after_each(self, self.updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -332,13 +331,3 @@ class Ticket:
         self.stage = replace(self.stage, masks={**self.stage.masks, name: mask})
         self.parameters = (*self.parameters, ManagedParameter(name, stores_mask=self.stores_masks))
         return self.parameters[-1]
-
-
-def _remove_layer_hooks(managed: ManagedParameter, keep_hook: int | None = None) -> None:
-    for occurrence in managed.occurrences:
-        layer = occurrence.layer()
-        if layer is not None:
-            key = occurrence.hook_id
-            hook = layer._forward_pre_hooks.get(key) or layer._state_dict_pre_hooks.get(key)
-            if getattr(hook, "managed", None) is managed:
-                remove_hook(layer, key, keeps_forward=key == keep_hook)

@@ -1,4 +1,4 @@
-"""Did an update happen? Whether the penalty was applied since the last scheduler step, and by which optimizers."""
+"""Did an update happen? Those that applied the penalty since the last scheduler step, and by which optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Updates:
-    """The updates that applied the penalty since the last scheduler step.
+    """The updates of a ticket's parameters, of which those that applied the penalty count.
 
     One counts when its optimizer's step is over: one that raised does not, nor does one that ``GradScaler`` made void
     because of infinities. With a fused optimizer only the device knows that, and the host must not wait for it: there
@@ -23,6 +23,10 @@ class Updates:
     """
 
     def __init__(self) -> None:
+        self.number = 0  # of the update that gradients are treated for
+        self.serial = 0  # of the last penalty batch
+        self.serial_at_step = 0  # the same, at the last scheduler step
+        self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
         self.pending = False
         self.ever = False
         self.by: Counter[int] = Counter()  # updates since the last scheduler step, by the id of the optimizer
@@ -67,9 +71,18 @@ class Updates:
         self.ever = self.ever or self.pending
         return self.pending
 
-    def restart(self, *, pending: bool = False) -> None:
+    def begin_step(self, *, pending: bool = False) -> None:
         """Begin the next scheduler step; ``pending`` as a saved state says."""
-        self.pending = pending
+        self.number += (
+            self.pending and not self.silenced
+        )  # what is done manually may come before this step and its update
+        self.serial_at_step, self.silenced, self.pending = self.serial, False, pending
         self.ever = self.ever or pending
         self.by.clear()
         self._begun = None
+
+    def resume(self, *, pending: bool) -> None:
+        """Go on from a saved state: what was applied here before counts no more."""
+        self.number += 1
+        self.begin_step(pending=pending)
+        self.ever, self._found_inf, self._outcomes, self._void = pending, None, [], 0

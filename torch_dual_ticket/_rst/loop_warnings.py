@@ -34,23 +34,20 @@ class MissingPenalty:
         self._sample: dict[str, Tensor] = {}  # a few weights of parameters without a penalty since then
         self._elsewhere = 0  # steps of other optimizers until then
         self._versions: dict[str, int] = {}  # of parameters without a penalty before the last scheduler step
-        self._dummy_steps = 0  # until then
         self._is_said = False
 
     def look(self, ticket: Ticket, unpenalized: Sequence[ManagedParameter]) -> None:
         """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
-        transformation = ticket.transformation
-        if transformation.updates.ever and not unpenalized:  # as in most steps
+        if ticket.updates.ever and not unpenalized:  # as in most steps
             self._versions, self._sample = {}, {}
             return
         is_overdue = reads = False
-        before = self._versions if self._dummy_steps == transformation.dummy_steps else {}
-        self._dummy_steps = transformation.dummy_steps
+        before = self._versions
         found = ((one.name, one.tensor()) for one in unpenalized)
         self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
-        if not transformation.updates.ever:
+        if not ticket.updates.ever:
             self._idle_steps += 1
             if self._idle_steps == 1:
                 self._elsewhere = steps_elsewhere()
@@ -71,7 +68,7 @@ class MissingPenalty:
         others = (
             "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
             " optimizer of another library or of another model)"
-            if transformation.optimizer is None
+            if ticket.optimizer is None
             else "something else than the optimizer that was given to the scheduler"
         )
         yet = "" if changed else "if there were any, "
@@ -123,7 +120,7 @@ class Unfinished:
 
     def _say(self) -> None:
         ticket, steps = self._ticket, self._ticket.stage.steps
-        made = ticket.transformation.updates.ever and steps
+        made = ticket.updates.ever and steps
         is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and made
         # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
         # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.

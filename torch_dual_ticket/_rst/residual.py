@@ -247,7 +247,7 @@ def sums(
     """
     weight, mask = local(parameter), ticket.mask(managed)
     values = local(values).to(weight.device)  # the optimizer's state stays behind where a model is moved to be saved
-    pieces: Any = managed.cache.pieces(mask, parameter, weight, values, holds=False)
+    pieces: Any = managed.cache.pieces(mask, parameter, values, holds=False)
     return squared_norms(pieces, 1, weight.device, change)
 
 

@@ -136,9 +136,8 @@ def check_manages(ticket: Ticket) -> None:
 def check_trained(ticket: Ticket, steps: int) -> None:
     """There is something to finalize, it can be reached, and an update applied the penalty."""
     check_manages(ticket)
-    updates = ticket.transformation.updates
-    updates.settle(wait=True)
-    if not (steps or updates.ever):
+    ticket.updates.settle(wait=True)
+    if not (steps or ticket.updates.ever):
         raise RuntimeError(
             "finalize() was called but no update ever applied the penalty. Train first: optimizer.step() with an"
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .dtensor import coordinates, is_sharded, local_offset
+from .dtensor import coordinates, is_sharded, local, local_offset
 from .kernels import INTEGER_OF_SIZE
 
 if TYPE_CHECKING:
@@ -39,25 +39,22 @@ class MaskCache:
         self._name, self._stored = name, stored
         self._cached: _Cached | None = None
 
-    def pieces(
-        self, mask: Mask, parameter: Tensor, weight: Tensor, *tensors: Tensor, holds: bool
-    ) -> Iterable[tuple[Tensor, ...]]:
-        """The tensors, of the shape of the local shard ``weight``, with their mask: in one piece, if it is stored."""
-        if self.is_stored_for(weight):
-            return ((*tensors, self.whole(mask, parameter, weight, holds=holds)),)
-        return self._parts(mask, parameter, weight, *tensors, holds=holds)
+    def pieces(self, mask: Mask, parameter: Tensor, *tensors: Tensor, holds: bool) -> Iterable[tuple[Tensor, ...]]:
+        """The tensors, of the shape of the parameter's local shard, with their mask: in one piece, if it is stored."""
+        if self.is_stored_for(parameter):
+            return ((*tensors, self.whole(mask, parameter, holds=holds)),)
+        return self._parts(mask, parameter, *tensors, holds=holds)
 
     def drop(self) -> None:
         """Free the mask where none is needed for long; it is drawn again when it is."""
         self._cached = None
 
-    def is_stored_for(self, weight: Tensor) -> bool:
+    def is_stored_for(self, parameter: Tensor) -> bool:
         """Small masks always are: they take next to nothing."""
-        return self._stored or weight.numel() <= kernels.SMALL
+        return self._stored or local(parameter).numel() <= kernels.SMALL
 
-    def _parts(
-        self, mask: Mask, parameter: Tensor, weight: Tensor, *tensors: Tensor, holds: bool
-    ) -> Iterator[tuple[Tensor, ...]]:
+    def _parts(self, mask: Mask, parameter: Tensor, *tensors: Tensor, holds: bool) -> Iterator[tuple[Tensor, ...]]:
+        weight = local(parameter)
         self._check_shape(mask, parameter, weight)
         first, *others = local_offset(parameter) or (0,) * weight.dim()
         size = max(1, PART * len(weight) // weight.numel())
@@ -66,8 +63,9 @@ class MaskCache:
             kept = mask.draw(offset=(first + start, *others), size=tuple(weight[rows].shape), device=weight.device)
             yield (*(tensor[rows] for tensor in tensors), _formed(kept, weight[rows], holds))
 
-    def whole(self, mask: Mask, parameter: Tensor, weight: Tensor, *, holds: bool) -> Tensor:
-        """All of it, with the shape and the layout of the local shard ``weight``."""
+    def whole(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
+        """All of it, with the shape and the layout of the parameter's local shard."""
+        weight = local(parameter)
         cached, pointer, numel = self._cached, weight.data_ptr(), weight.numel()
         if (
             cached is not None
@@ -88,7 +86,7 @@ class MaskCache:
                 self._check_shape(mask, parameter, weight)
                 offset, size = local_offset(parameter), tuple(weight.shape)
                 tensor = _formed(mask.draw(offset=offset, size=size, device=weight.device), weight, holds)
-        if self.is_stored_for(weight):
+        if self.is_stored_for(parameter):
             self._cached = _Cached(tensor, mask, holds, pointer, numel, layout)
         return tensor
 

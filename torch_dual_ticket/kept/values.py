@@ -52,7 +52,7 @@ class KeptValues(Ticket):
         for managed, parameter in ticket.managed():
             ticket.connect(managed, parameter)
             managed.cache.drop()  # a byte for each weight
-        ticket._managed = Batch([])  # which has them, too
+        ticket.drop_tensors()  # with which it has masks, too
         for weight, parameter in self.sources():
             weight.take_gradient(parameter)
 
@@ -96,7 +96,7 @@ class KeptValues(Ticket):
                 weight.hide_gradient(parameter)
 
     @torch.no_grad()
-    def zero(self, batch: Batch, masks: Any = None, *, counted: bool = False) -> None:
+    def zero(self, batch: Batch, masks: Any = None) -> None:
         """Write the values to the model, where the masked weights are and stay zero."""
         ticket = self._of()
         changed = [(one.source, parameter) for one, parameter in self.sources(batch) if not one.write(parameter)]
@@ -143,7 +143,7 @@ class KeptEnforcement(Enforcement):
             if managed.name in self.values.weights:
                 self.values.weights[managed.name].take_gradient(parameter)
 
-    def clear(self, batch: Batch, masks: Mapping[str, Mask], *, counted: bool) -> None:
+    def clear(self, batch: Batch, masks: Mapping[str, Mask]) -> None:
         for managed, parameter in batch:
             clear_masked_(parameter.data, kept_index(managed, masks[managed.name], parameter))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._engine.gradient_hook import taking_hooks
+from .._engine.gradient_hook import register
 from .._engine.parameter import ManagedParameter, stamp_of
 from .gradient import KeptGradient
 from .index import gather, kept_index, laid_out_as, scatter_
@@ -85,11 +85,8 @@ class KeptWeight(ManagedParameter):
         self.disconnect()
         if isinstance(parameter.grad, KeptGradient):  # the copy in a converted model that replaces its tensors
             parameter.grad = KeptGradient(self, parameter)
-        source: Any = parameter  # torch has no types for these
         uncompiled: Any = torch.compiler.disable  # a compiled training step would trace into it
-        if not parameter.is_inference():
-            with taking_hooks(parameter):
-                self.hook = source.register_post_accumulate_grad_hook(uncompiled(self.take_gradient))
+        self.hook = register(parameter, uncompiled(self.take_gradient))
 
     @torch.no_grad()
     def set_gradient(self, whole: Tensor, *, adds: bool = False) -> None:

@@ -127,7 +127,7 @@ class Summary(TableInNotebooks):
         managed = [layer for layer in masked if layer.residual is not None]
         rows = [_cells(layer) for layer in self.layers]
         if self.others:
-            rows.append((f"{len(self.others)} others", "", "", "dense", f"{sum(self.others):,}", "", "", ""))
+            rows.append(_row(layer=f"{len(self.others)} others", sparsity="dense", kept=f"{sum(self.others):,}"))
         footer = []
         if managed:
             kept, size = sum(layer.kept for layer in managed), sum(layer.size for layer in managed)
@@ -272,7 +272,7 @@ def _count_nonzero(tensor: Tensor) -> int:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 _HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "dead", "residual", "λ")
-_PATTERN, _DEAD, _RESIDUAL, _PENALTY = _OPTIONAL = 2, 5, 6, 7  # columns
+_PATTERN, _DEAD, _RESIDUAL, _PENALTY = _OPTIONAL = tuple(map(_HEADER.index, ("pattern", "dead", "residual", "λ")))
 _NOTHING = "–"
 _MEANING = {  # of the sparsity, by phase
     "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
@@ -295,7 +295,13 @@ def _cells(layer: LayerSummary) -> tuple[str, ...]:
 
 
 def _total(name: str, kept: int, size: int, residual: str) -> tuple[str, ...]:
-    return (name, f"{size:,}", "", percent(1 - kept / max(1, size)), f"{kept:,}", "", residual, "")
+    sparsity = percent(1 - kept / max(1, size))
+    return _row(layer=name, shape=f"{size:,}", sparsity=sparsity, kept=f"{kept:,}", residual=residual)
+
+
+def _row(**cells: str) -> tuple[str, ...]:
+    """By the names of the columns; the others are empty."""
+    return tuple(cells.get(column, "") for column in _HEADER)
 
 
 def _without(
