@@ -73,9 +73,8 @@ class Updates:
 
     def begin_step(self, *, pending: bool = False) -> None:
         """Begin the next scheduler step; ``pending`` as a saved state says."""
-        self.number += (
-            self.pending and not self.silenced
-        )  # what is done manually may come before this step and its update
+        # What apply_penalty() has done may be of an update that is still on its way.
+        self.number += self.pending and not self.silenced
         self.serial_at_step, self.silenced, self.pending = self.serial, False, pending
         self.ever = self.ever or pending
         self.by.clear()
