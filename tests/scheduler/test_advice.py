@@ -115,6 +115,50 @@ def test_the_factor_of_sgd_is_exact(steps, hold, max_penalty, options):
     assert rst.finalize().total.residual < 0.01
 
 
+def rising(times, schedule=None, **options):
+    """What is said where lr·λ rises to so many times the limit; what finalize() says, and the residual then."""
+    torch.manual_seed(0)
+    layer, rst = ticket(torch.nn.Linear(20, 20, bias=False).double(), max_penalty=times * 20.0, **options)
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    rates, early = schedule(optimizer) if schedule else None, []
+    while not rst.done:
+        layer.weight.grad = 1e-3 * torch.randn_like(layer.weight)
+        optimizer.step()
+        early += [message for message, _ in warnings_of(rst)]
+        if rates:
+            rates.step()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        residual = rst.finalize().total.residual
+    return early, [str(warning.message) for warning in found], residual
+
+
+def test_it_is_what_all_steps_do_that_diverges():
+    """λ passes the limit in the last steps, when next to nothing is left to grow; earlier; very early."""
+    early, late, residual = rising(1.02)
+    assert (early, late) == ([], [])
+    assert residual < 0.01
+    early, [late], residual = rising(1.4)
+    assert early == []
+    assert "Lower max_penalty or lr (lr times max_penalty must stay below 2 with this SGD)" in late
+    assert residual > 0.99
+    [early], _, residual = rising(3.0)
+    assert (
+        "will diverge, unless lr falls in time: lr times max_penalty must stay below 2 with this SGD, and is 6" in early
+    )
+    assert residual > 0.99
+
+
+def test_a_scheduler_of_torch_may_lower_lr_in_time():
+    """Unless there is nothing left to save."""
+    drop = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 25)  # noqa: E731
+    early, _, residual = rising(3.0, drop)
+    assert early == []
+    assert residual < 0.01
+    [early], _, _ = rising(3.0, drop, steps=4, hold=196)
+    assert "will diverge" in early
+
+
 def test_a_rate_that_falls_already_may_fall_in_time():
     layer, rst = ticket(max_penalty=30.0)
     optimizer = SGD(layer.parameters(), lr=0.1)

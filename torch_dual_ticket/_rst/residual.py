@@ -206,7 +206,9 @@ def _lever(ticket: Ticket) -> str:
         if lr < highest / 2:
             levers.append(f"The lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high")
         if type(optimizer) is SGD and not levers:
-            levers.append(f"{_MORE} (lr times max_penalty must stay below {sgd_limit(held.groups[0]):g} with this SGD)")
+            limit = sgd_limit(held.groups[0])
+            change = _MORE if lr * ticket.stage.penalty < limit else "Lower max_penalty or lr"
+            levers.append(f"{change} (lr times max_penalty must stay below {limit:g} with this SGD)")
         if type(optimizer) in (Adam, AdamW):
             moves = sizes = 0.0
             for (managed, parameter), group in zip(held, held.groups, strict=True):
