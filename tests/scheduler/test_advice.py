@@ -245,6 +245,21 @@ def test_layers_without_updates_and_scalars():
 # ---------------------------------------------------------------------- all that stands in the way
 
 
+def _by_hand(optimizer, updates=30):
+    """A warm-up that leaves no trace in the groups."""
+    [group] = optimizer.param_groups
+    high, group["lr"] = group["lr"], group["lr"] / updates
+
+    class Rates:
+        def step(self):
+            group["lr"] = min(high, group["lr"] + high / updates)
+
+    return Rates()
+
+
+RATES = torch.optim.lr_scheduler
+
+
 def trained(make_optimizer, *, loss_scale=1.0, schedule=None, updates=80, **options):
     """What is said in a training with a loss, and at its end."""
     torch.manual_seed(0)
@@ -288,15 +303,24 @@ def test_a_loss_that_is_a_mean_is_no_obstacle(make_optimizer):
     assert residual < 0.05
 
 
-def test_a_warm_up_that_lasts_longer_than_the_transformation_is_named_by_its_lever():
-    """OneCycleLR: no weight gets there, whatever the penalty. Foreseeing that would need the schedule itself."""
-    schedule = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=400)  # noqa: E731
-    for max_penalty in (1.0, 10.0, 100.0):
-        [late], residual = trained(
-            lambda p: torch.optim.AdamW(p, lr=2e-3), schedule=schedule, updates=100, max_penalty=max_penalty
-        )
-        assert residual > 0.3
-        assert "whatever the penalty: raise steps, hold or lr" in late
+@pytest.mark.parametrize("max_penalty", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize(
+    ("schedule", "is_foreseen"),
+    [
+        (lambda o: RATES.OneCycleLR(o, 2e-3, total_steps=400), True),
+        (lambda o: RATES.LambdaLR(o, lambda update: min(1.0, (update + 1) / 120)), True),
+        (lambda o: _by_hand(o, 120), False),
+    ],
+    ids=["OneCycle", "LambdaLR", "by hand"],
+)
+def test_a_warm_up_that_lasts_longer_than_the_transformation_is_named_by_its_lever(schedule, is_foreseen, max_penalty):
+    """No weight gets there, whatever the penalty. It is foreseen where the optimizer's groups say how far lr rises."""
+    messages, residual = trained(
+        lambda p: torch.optim.AdamW(p, lr=2e-3), schedule=schedule, updates=100, max_penalty=max_penalty
+    )
+    assert residual > 0.3
+    assert ["with lr=0.002, 80 more updates will leave" in message for message in messages[:-1]] == [True] * is_foreseen
+    assert all("whatever the penalty: raise steps, hold or lr" in message for message in messages)
 
 
 @pytest.mark.parametrize("make_optimizer", [lambda p: SGD(p, lr=0.5), lambda p: Adam(p, lr=2e-3)], ids=["SGD", "Adam"])
@@ -324,21 +348,6 @@ def test_the_threshold_is_that_of_finalize(steps, warns):
     """exp(-0.2 · steps / 2) is 1 % after 46 steps, and half of that where the kept weights grow twofold."""
     layer, rst = ticket(steps=steps)
     assert len(advised(rst, layer, SGD(layer.parameters(), lr=0.2), updates=steps)) == warns
-
-
-def _by_hand(optimizer):
-    """A warm-up that leaves no trace in the groups."""
-    [group] = optimizer.param_groups
-    high, group["lr"] = group["lr"], group["lr"] / 30
-
-    class Rates:
-        def step(self):
-            group["lr"] = min(high, group["lr"] + high / 30)
-
-    return Rates()
-
-
-RATES = torch.optim.lr_scheduler
 
 
 @pytest.mark.parametrize(

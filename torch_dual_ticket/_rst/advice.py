@@ -14,7 +14,7 @@ from .._tensors.async_scalar import AsyncScalar
 from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, sums
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from .._engine.batch import Batch
     from .._engine.ticket import Ticket
@@ -24,7 +24,7 @@ _DIVERGED = math.log(1e3)  # growth over all steps: those below the limit have s
 
 
 class Advice:
-    """What ``step()`` says of SGD or Adam, once, after a tenth of the schedule: on GPUs a little later."""
+    """What ``step()`` says of SGD or Adam, once, after a tenth of the schedule: on GPUs, or in a warm-up, later."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline, self._time = timeline, max(2, min(timeline.total // 10, timeline.per_cycle // 2))
@@ -40,13 +40,15 @@ class Advice:
             return
         updates = ticket.transformation.updates.by
         found = [(one, held, made) for one, held in held_by(ticket) if (made := updates[id(one)])]
-        first, rates = self._rates, [group.get("lr") for _, held, _ in found for group in held.groups]
-        self._rates = first or rates
-        if after < self._time or len(found) != 1 or not len(ticket.parameters) == len(rates) == len(first):
+        first, groups = self._rates, [group for _, held, _ in found for group in held.groups]
+        self._rates = first or [group.get("lr") for group in groups]
+        if after < self._time or len(found) != 1 or not len(ticket.parameters) == len(groups) == len(first):
             return
-        # In a warm-up it is not known how far lr will rise; and to read one that is a tensor might wait.
-        if all(isinstance(lr, float) and 0 < lr <= then for lr, then in zip(rates, first, strict=True)):
+        # In a warm-up a scheduler of torch says how far lr will rise.
+        has_risen = not _are_within(groups, first)
+        if not has_risen or _are_within(groups, [highest_rate({**group, "lr": None}) for group in groups]):
             self._foresee(ticket, *found[0])
+            self._time *= 2 if has_risen and 4 * after <= self._timeline.total else 0  # more is certain later
 
     @torch.no_grad()
     def _foresee(self, ticket: Ticket, optimizer: Any, held: Batch, made: int) -> None:
@@ -78,7 +80,7 @@ class Advice:
                 return
         else:
             return
-        shrunk = math.exp(min(0.0, -exponent))
+        shrunk, self._squares = math.exp(min(0.0, -exponent)), []
         for managed, parameter in held:
             left = sums(ticket, managed, parameter, parameter, lambda sizes: (sizes * shrunk - reach).clamp(min=0) ** 2)
             most = sums(ticket, managed, parameter, parameter, lambda sizes: (2 * sizes + reach) ** 2)
@@ -91,7 +93,14 @@ class Advice:
             left, kept = map(sum, zip(*squares, strict=True))
             message, self._message, self._squares = self._message, "", []
             if left > MAX_RESIDUAL**2 * (left + kept):
+                self._time = 0  # once
                 warnings.warn(message.format(math.sqrt(left / (left + kept))), stacklevel=3)
+
+
+def _are_within(groups: Sequence[Mapping[str, Any]], ceilings: Sequence[float]) -> bool:
+    """Whether each lr is a positive number up to its ceiling; to read one that is a tensor might wait."""
+    pairs = ((group.get("lr"), ceiling) for group, ceiling in zip(groups, ceilings, strict=True))
+    return all(isinstance(lr, float) and 0 < lr <= ceiling for lr, ceiling in pairs)
 
 
 def _logarithms(group: Mapping[str, Any], step: float) -> tuple[float, float]:
