@@ -1,4 +1,4 @@
-"""Layers of PEFT, PyTorch Geometric and torchao, models of sentence-transformers and torchvision, where installed."""
+"""Layers of PEFT, PyTorch Geometric and torchao; models of sentence-transformers, timm and torchvision."""
 
 import copy
 
@@ -180,22 +180,30 @@ VISION = {
 }
 
 
+def train_on_images(model, side):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for index in updates(side, count=24, middle=14):
+        torch.manual_seed(index)  # of dropout and stochastic depth
+        output = model(torch.randn(4, 3, 32, 32, dtype=torch.float64))
+        optimizer.zero_grad()
+        loss_of(output["out"] if isinstance(output, dict) else output).backward()
+        side.after_backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        side.before_update()
+        optimizer.step()
+        side.after_update()
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_torchvision(name):
     """Small ones of its classes, and lraspp with its MobileNetV3, beside the explicit loop."""
     models = pytest.importorskip("torchvision.models")
+    assert_same_life(train_on_images, lambda: VISION[name](models), sparsity=0.6)
 
-    def train(model, side):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for index in updates(side, count=24, middle=14):
-            torch.manual_seed(index)  # of dropout and stochastic depth
-            output = model(torch.randn(4, 3, 32, 32, dtype=torch.float64))
-            optimizer.zero_grad()
-            loss_of(output["out"] if isinstance(output, dict) else output).backward()
-            side.after_backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            side.before_update()
-            optimizer.step()
-            side.after_update()
 
-    assert_same_life(train, lambda: VISION[name](models), sparsity=0.6)
+@pytest.mark.parametrize("name", ["test_byobnet", "test_convnext2", "test_efficientnet", "test_resnet", "test_vit2"])
+def test_timm(name):
+    """Its models for tests, beside the explicit loop."""
+    library = pytest.importorskip("timm")
+    size = {"img_size": 32} if "vit" in name else {}
+    assert_same_life(train_on_images, lambda: library.create_model(name, drop_path_rate=0.2, **size), sparsity=0.6)
