@@ -342,6 +342,7 @@ class RSTScheduler(ManagedMasks):
 
         Never masks or weights. It may wait for the device.
         """
+        self._unfinished.saved_at = self._steps
         return {
             "version": validation.STATE_VERSION,
             "ticks": self._steps,

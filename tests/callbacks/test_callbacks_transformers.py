@@ -274,7 +274,8 @@ def test_the_best_model_is_masked_even_if_it_is_from_the_transformation(tmp_path
         metric_for_best_model="eval_loss",
         greater_is_better=False,  # the first is the best: the penalty is high
     )
-    trainer.train()
+    with pytest.warns(UserWarning, match=r"the best model was loaded, which is from before .* \(eval_delay\)"):
+        trainer.train()
     assert trainer.state.best_global_step < UPDATES // 2
     assert_sparse(trainer.model, callback.scheduler)
 

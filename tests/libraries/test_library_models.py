@@ -1,9 +1,10 @@
-"""Layers of PEFT, PyTorch Geometric and torchao, and models of sentence-transformers, where they are installed."""
+"""Layers of PEFT, PyTorch Geometric and torchao; models of sentence-transformers, timm and torchvision."""
 
 import copy
 
 import pytest
 import torch
+from lives import assert_same_life, updates
 from models import finalize_quietly
 from plain_loop import assert_holds_zeros, assert_lives_alike, loss_of, normal
 from torch import nn
@@ -163,3 +164,46 @@ def test_sentence_transformers(tmp_path):
 
     _, rst = assert_a_life(build, output, exclude=["*pooler*"])
     assert len(rst.masks) == 6
+
+
+VISION = {
+    "resnet": lambda models: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10),
+    "efficientnet": lambda models: models.EfficientNet(
+        [models.efficientnet.MBConvConfig(4, 3, 2, 16, 24, 2)], dropout=0.2, stochastic_depth_prob=0.2, num_classes=10
+    ),
+    "convnext": lambda models: models.ConvNeXt(
+        [models.convnext.CNBlockConfig(16, 32, 2), models.convnext.CNBlockConfig(32, None, 2)], 0.2, num_classes=10
+    ),
+    "vit": lambda models: models.VisionTransformer(32, 8, 2, 4, 32, 64, dropout=0.1, num_classes=10),
+    "swin": lambda models: models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=10),
+    "lraspp": lambda models: models.segmentation.lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=4),
+}
+
+
+def train_on_images(model, side):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for index in updates(side, count=24, middle=14):
+        torch.manual_seed(index)  # of dropout and stochastic depth
+        output = model(torch.randn(4, 3, 32, 32, dtype=torch.float64))
+        optimizer.zero_grad()
+        loss_of(output["out"] if isinstance(output, dict) else output).backward()
+        side.after_backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        side.before_update()
+        optimizer.step()
+        side.after_update()
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_torchvision(name):
+    """Small ones of its classes, and lraspp with its MobileNetV3, beside the explicit loop."""
+    models = pytest.importorskip("torchvision.models")
+    assert_same_life(train_on_images, lambda: VISION[name](models), sparsity=0.6)
+
+
+@pytest.mark.parametrize("name", ["test_byobnet", "test_convnext2", "test_efficientnet", "test_resnet", "test_vit2"])
+def test_timm(name):
+    """Its models for tests, beside the explicit loop."""
+    library = pytest.importorskip("timm")
+    size = {"img_size": 32} if "vit" in name else {}
+    assert_same_life(train_on_images, lambda: library.create_model(name, drop_path_rate=0.2, **size), sparsity=0.6)

@@ -115,6 +115,50 @@ def test_the_factor_of_sgd_is_exact(steps, hold, max_penalty, options):
     assert rst.finalize().total.residual < 0.01
 
 
+def rising(times, schedule=None, **options):
+    """What is said where lr·λ rises to so many times the limit; what finalize() says, and the residual then."""
+    torch.manual_seed(0)
+    layer, rst = ticket(torch.nn.Linear(20, 20, bias=False).double(), max_penalty=times * 20.0, **options)
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    rates, early = schedule(optimizer) if schedule else None, []
+    while not rst.done:
+        layer.weight.grad = 1e-3 * torch.randn_like(layer.weight)
+        optimizer.step()
+        early += [message for message, _ in warnings_of(rst)]
+        if rates:
+            rates.step()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        residual = rst.finalize().total.residual
+    return early, [str(warning.message) for warning in found], residual
+
+
+def test_it_is_what_all_steps_do_that_diverges():
+    """λ passes the limit in the last steps, when next to nothing is left to grow; earlier; very early."""
+    early, late, residual = rising(1.02)
+    assert (early, late) == ([], [])
+    assert residual < 0.01
+    early, [late], residual = rising(1.4)
+    assert early == []
+    assert "Lower max_penalty or lr (lr times max_penalty must stay below 2 with this SGD)" in late
+    assert residual > 0.99
+    [early], _, residual = rising(3.0)
+    assert (
+        "will diverge, unless lr falls in time: lr times max_penalty must stay below 2 with this SGD, and is 6" in early
+    )
+    assert residual > 0.99
+
+
+def test_a_scheduler_of_torch_may_lower_lr_in_time():
+    """Unless there is nothing left to save."""
+    drop = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 25)  # noqa: E731
+    early, _, residual = rising(3.0, drop)
+    assert early == []
+    assert residual < 0.01
+    [early], _, _ = rising(3.0, drop, steps=4, hold=196)
+    assert "will diverge" in early
+
+
 def test_a_rate_that_falls_already_may_fall_in_time():
     layer, rst = ticket(max_penalty=30.0)
     optimizer = SGD(layer.parameters(), lr=0.1)
@@ -201,6 +245,21 @@ def test_layers_without_updates_and_scalars():
 # ---------------------------------------------------------------------- all that stands in the way
 
 
+def _by_hand(optimizer, updates=30):
+    """A warm-up that leaves no trace in the groups."""
+    [group] = optimizer.param_groups
+    high, group["lr"] = group["lr"], group["lr"] / updates
+
+    class Rates:
+        def step(self):
+            group["lr"] = min(high, group["lr"] + high / updates)
+
+    return Rates()
+
+
+RATES = torch.optim.lr_scheduler
+
+
 def trained(make_optimizer, *, loss_scale=1.0, schedule=None, updates=80, **options):
     """What is said in a training with a loss, and at its end."""
     torch.manual_seed(0)
@@ -244,15 +303,24 @@ def test_a_loss_that_is_a_mean_is_no_obstacle(make_optimizer):
     assert residual < 0.05
 
 
-def test_a_warm_up_that_lasts_longer_than_the_transformation_is_named_by_its_lever():
-    """OneCycleLR: no weight gets there, whatever the penalty. Foreseeing that would need the schedule itself."""
-    schedule = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=400)  # noqa: E731
-    for max_penalty in (1.0, 10.0, 100.0):
-        [late], residual = trained(
-            lambda p: torch.optim.AdamW(p, lr=2e-3), schedule=schedule, updates=100, max_penalty=max_penalty
-        )
-        assert residual > 0.3
-        assert "whatever the penalty: raise steps, hold or lr" in late
+@pytest.mark.parametrize("max_penalty", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize(
+    ("schedule", "is_foreseen"),
+    [
+        (lambda o: RATES.OneCycleLR(o, 2e-3, total_steps=400), True),
+        (lambda o: RATES.LambdaLR(o, lambda update: min(1.0, (update + 1) / 120)), True),
+        (lambda o: _by_hand(o, 120), False),
+    ],
+    ids=["OneCycle", "LambdaLR", "by hand"],
+)
+def test_a_warm_up_that_lasts_longer_than_the_transformation_is_named_by_its_lever(schedule, is_foreseen, max_penalty):
+    """No weight gets there, whatever the penalty. It is foreseen where the optimizer's groups say how far lr rises."""
+    messages, residual = trained(
+        lambda p: torch.optim.AdamW(p, lr=2e-3), schedule=schedule, updates=100, max_penalty=max_penalty
+    )
+    assert residual > 0.3
+    assert ["with lr=0.002, 80 more updates will leave" in message for message in messages[:-1]] == [True] * is_foreseen
+    assert all("whatever the penalty: raise steps, hold or lr" in message for message in messages)
 
 
 @pytest.mark.parametrize("make_optimizer", [lambda p: SGD(p, lr=0.5), lambda p: Adam(p, lr=2e-3)], ids=["SGD", "Adam"])
@@ -280,21 +348,6 @@ def test_the_threshold_is_that_of_finalize(steps, warns):
     """exp(-0.2 · steps / 2) is 1 % after 46 steps, and half of that where the kept weights grow twofold."""
     layer, rst = ticket(steps=steps)
     assert len(advised(rst, layer, SGD(layer.parameters(), lr=0.2), updates=steps)) == warns
-
-
-def _by_hand(optimizer):
-    """A warm-up that leaves no trace in the groups."""
-    [group] = optimizer.param_groups
-    high, group["lr"] = group["lr"], group["lr"] / 30
-
-    class Rates:
-        def step(self):
-            group["lr"] = min(high, group["lr"] + high / 30)
-
-    return Rates()
-
-
-RATES = torch.optim.lr_scheduler
 
 
 @pytest.mark.parametrize(

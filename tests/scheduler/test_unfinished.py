@@ -24,13 +24,17 @@ def no_exception_before(monkeypatch):
 def begun(steps=4, made=2):
     """A scheduler that has made some of its steps."""
     model = nn.Linear(8, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rst = RSTScheduler(model, 0.5, steps=steps, max_penalty=9.0, seed=0)
-    for _ in range(made):
+    train(model, rst, made)
+    return model, rst
+
+
+def train(model, rst, updates=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(updates):
         model(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
         rst.step()
-    return model, rst
 
 
 def said(end):
@@ -88,17 +92,31 @@ def resumed_to_look_at():
     return model, rst
 
 
-@pytest.mark.parametrize("make", [never_stepped, finalized, removed, released, resumed_to_look_at])
+def saved():
+    model, rst = begun()
+    rst.state_dict()
+    return model, rst
+
+
+@pytest.mark.parametrize("make", [never_stepped, finalized, removed, released, resumed_to_look_at, saved])
 def test_nothing_is_said_where_nothing_was_left_undone(make):
     kept = [make()]
     assert said(kept.clear) == []
 
 
-def test_a_state_that_was_saved_may_be_all_that_ever_comes():
-    kept = [begun()]
+def test_steps_after_the_last_saved_state_are_lost():
+    kept = [saved()]
+    train(*kept[0])
+    [(message, _)] = said(kept.clear)
+    assert "ended at 3 of 4 steps" in message
+    assert "where it goes on later, rst.state_dict() after its last step" in message
+
+
+def test_what_is_over_does_not_go_on_from_a_saved_state():
+    kept = [begun(made=4)]
     kept[0][1].state_dict()
     [(message, _)] = said(kept.clear)
-    assert "goes on from a saved state" in message
+    assert "call rst.finalize()" in message
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
@@ -146,7 +164,8 @@ def train():
         ("train()", 1),
         ("import sys; kept = train(); sys.exit()", 1),
         ("kept = train(); kept[1].remove()", 0),
-        ("import sys; kept = train(); kept[1].state_dict(); sys.exit()", 1),
+        ("import sys; kept = train(); kept[1].state_dict(); sys.exit()", 0),
+        ("import sys\ndef main(): kept = train(); 1 / 0\ntry: main()\nexcept Exception as error: sys.exit(1)", 1),
         ("kept = train(); 1 / 0", 0),
         ("kept = train(); raise KeyboardInterrupt", 0),
     ],

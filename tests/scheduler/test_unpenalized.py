@@ -111,10 +111,17 @@ def test_a_head_that_was_used_once_is_penalized(options):
     assert not any(CUT in message for message in messages)
 
 
-@pytest.mark.parametrize("restart", [59, 50])
-def test_after_a_restart_it_is_not_known(restart):
-    messages, _ = finalized(TwoHeads(), restart=restart)
+def test_right_after_a_restart_it_is_not_known():
+    messages, _ = finalized(TwoHeads(), restart=59)
     assert not any(CUT in message for message in messages)
+
+
+def test_a_while_after_a_restart_it_shows():
+    """Not of a head whose penalty has done its work before it."""
+    [message], _ = finalized(TwoHeads(), restart=30)
+    assert message.startswith(f"second.weight {CUT} since the scheduler's state was loaded")
+    messages, _ = finalized(TwoHeads(uses_second=range(50)), restart=50)
+    assert messages == []
 
 
 def test_what_is_zero_anyway_is_not_cut():

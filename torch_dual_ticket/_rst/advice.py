@@ -14,15 +14,17 @@ from .._tensors.async_scalar import AsyncScalar
 from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, sums
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from .._engine.batch import Batch
     from .._engine.ticket import Ticket
     from .schedule import Timeline
 
+_DIVERGED = math.log(1e3)  # growth over all steps: those below the limit have shrunk the weights before
+
 
 class Advice:
-    """What ``step()`` says of SGD or Adam, once, after a tenth of the schedule: on GPUs a little later."""
+    """What ``step()`` says of SGD or Adam, once, after a tenth of the schedule: on GPUs, or in a warm-up, later."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline, self._time = timeline, max(2, min(timeline.total // 10, timeline.per_cycle // 2))
@@ -38,13 +40,15 @@ class Advice:
             return
         updates = ticket.updates.by
         found = [(one, held, made) for one, held in held_by(ticket) if (made := updates[id(one)])]
-        first, rates = self._rates, [group.get("lr") for _, held, _ in found for group in held.groups]
-        self._rates = first or rates
-        if after < self._time or len(found) != 1 or not len(ticket.parameters) == len(rates) == len(first):
+        first, groups = self._rates, [group for _, held, _ in found for group in held.groups]
+        self._rates = first or [group.get("lr") for group in groups]
+        if after < self._time or len(found) != 1 or not len(ticket.parameters) == len(groups) == len(first):
             return
-        # In a warm-up it is not known how far lr will rise; and to read one that is a tensor might wait.
-        if all(isinstance(lr, float) and 0 < lr <= then for lr, then in zip(rates, first, strict=True)):
+        # In a warm-up a scheduler of torch says how far lr will rise.
+        has_risen = not _are_within(groups, first)
+        if not has_risen or _are_within(groups, [highest_rate({**group, "lr": None}) for group in groups]):
             self._foresee(ticket, *found[0])
+            self._time *= 2 if has_risen and 4 * after <= self._timeline.total else 0  # more is certain later
 
     @torch.no_grad()
     def _foresee(self, ticket: Ticket, optimizer: Any, held: Batch, made: int) -> None:
@@ -57,7 +61,7 @@ class Advice:
         would_wait = any(parameter.device.type not in ("cpu", "cuda") for _, parameter in held)
         if max(penalties) <= 0 or not updates or would_wait:
             return
-        lr, peak = highest_rate(group), group["lr"] * max(penalties)
+        lr = highest_rate(group)
         exponent, reach = lr * group.get("weight_decay", 0.0) * updates, 0.0
         start = f"with lr={lr:g}, {updates:,} more updates will leave the masked weights at least {{:.0%}} of the norm,"
         start += " and finalize() will remove that."
@@ -65,16 +69,18 @@ class Advice:
             reach, self._message = lr * updates, f"{start} {ADAM_AT_FULL_SPEED}"
         elif type(optimizer) is SGD and group["momentum"] < 1:
             bound = f"lr times max_penalty must stay below {sgd_limit(group):g} with this SGD"
-            shrinkage = [_shrinkage(group, lr * (penalty + group["weight_decay"])) for penalty in penalties]
+            shrinkage = [_logarithms(group, lr * (penalty + group["weight_decay"]))[0] for penalty in penalties]
             exponent = made * (sum(shrinkage) * self._timeline.cycles - sum(shrinkage[: self._time]))
             self._message = f"{start} Raise steps, hold, max_penalty or lr; {bound}"
-            is_falling = [group["lr"] for group in held.groups] != self._rates
-            if peak >= sgd_limit(group) and not is_falling:
-                exponent = 0.0
+            certain = penalties[: self._time] if "initial_lr" in group else penalties  # a scheduler may lower lr later
+            growth = made * sum(_logarithms(group, group["lr"] * penalty)[1] for penalty in certain)
+            if growth > _DIVERGED and [group["lr"] for group in held.groups] == self._rates:
+                peak = group["lr"] * max(penalties)
                 self._message = f"the masked weights will diverge, unless lr falls in time: {bound}, and is {peak:g}"
+                return
         else:
             return
-        shrunk = math.exp(min(0.0, -exponent))
+        shrunk, self._squares = math.exp(min(0.0, -exponent)), []
         for managed, parameter in held:
             left = sums(ticket, managed, parameter, parameter, lambda sizes: (sizes * shrunk - reach).clamp(min=0) ** 2)
             most = sums(ticket, managed, parameter, parameter, lambda sizes: (2 * sizes + reach) ** 2)
@@ -83,22 +89,32 @@ class Advice:
     def speak(self) -> None:
         """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
         if self._message and all(found.has_arrived() for found in self._squares):
-            left, kept = map(sum, zip(*(found.values.tolist() for found in self._squares), strict=True))
+            squares = [found.values.tolist() for found in self._squares] or [[1.0, 0.0]]  # of whatever size they are
+            left, kept = map(sum, zip(*squares, strict=True))
             message, self._message, self._squares = self._message, "", []
             if left > MAX_RESIDUAL**2 * (left + kept):
+                self._time = 0  # once
                 warnings.warn(message.format(math.sqrt(left / (left + kept))), stacklevel=3)
 
 
-def _shrinkage(group: Mapping[str, Any], step: float) -> float:
-    """The logarithm by which SGD shrinks a weight in an update, at most, where lr·λ is no more than ``step``.
+def _are_within(groups: Sequence[Mapping[str, Any]], ceilings: Sequence[float]) -> bool:
+    """Whether each lr is a positive number up to its ceiling; to read one that is a tensor might wait."""
+    pairs = ((group.get("lr"), ceiling) for group, ceiling in zip(groups, ceilings, strict=True))
+    return all(isinstance(lr, float) and 0 < lr <= ceiling for lr, ceiling in pairs)
 
-    It is that of the larger root of the update's characteristic polynomial; about step / (1 - momentum), which is at
-    least as much where the roots are complex, and weights swing through zero.
+
+def _logarithms(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+    """By which SGD shrinks a weight, at most, in an update where lr·λ is no more than ``step``; grows it, where it is.
+
+    They are those of roots of the update's characteristic polynomial. The first is that of the larger one; about
+    step / (1 - momentum), which is at least as much where they are complex, and weights swing through zero.
     """
     momentum: float = group["momentum"]
     first, second = 1 - group["dampening"] if momentum else 1.0, 0.0
     if group["nesterov"]:
         first, second = 1 + momentum, momentum
     half, product = (1 + momentum - step * first) / 2, momentum - step * second
-    root = half + math.sqrt(max(0.0, half * half - product))
-    return max(-math.log(max(root, 1e-300)), step * (1 if group["nesterov"] else first) / (1 - momentum))
+    apart = math.sqrt(max(0.0, half * half - product))
+    slowest = -math.log(max(half + apart, 1e-300))
+    growth = math.log(max(abs(half) + apart, math.sqrt(max(0.0, product)), 1e-300))
+    return max(slowest, step * (1 if group["nesterov"] else first) / (1 - momentum)), growth

@@ -105,6 +105,7 @@ class Unfinished:
     def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
         self._ticket, self._total = ticket, total
         self._overdue = 0  # scheduler steps since the schedule's end
+        self.saved_at = 0  # scheduler steps at the last state_dict()
         self.is_said = False
         weakref.finalize(scheduler, self._say)  # of a copy there is none
 
@@ -125,7 +126,8 @@ class Unfinished:
         # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
         # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
         is_known = sys.exc_info()[1] or getattr(sys, "last_value", None)
-        if not is_begun or is_known or self.is_said:
+        is_saved = self.saved_at == steps < self._total  # it goes on later
+        if not is_begun or is_known or is_saved or self.is_said:
             return
         self.is_said = True
         advice = (
@@ -133,11 +135,12 @@ class Unfinished:
             if steps < self._total
             else "call rst.finalize() when rst.done says so"
         )
+        above = sys._getframe(1).f_back  # weakref's frame; none, where the last one of all has gone with the scheduler
         warnings.warn(
             f"a transformation ended at {steps:,} of {self._total:,} steps, without finalize(): no weight was set to"
-            f" zero. To get a sparse model, {advice}. (Where it goes on from a saved state, or was broken off on"
-            " purpose, rst.remove() says so.)",
-            stacklevel=4 if sys._getframe(2).f_code.co_name == "_exitfunc" else 3,  # of weakref, at the process's end
+            f" zero. To get a sparse model, {advice}. (Where it was broken off on purpose, rst.remove() says so; where"
+            " it goes on later, rst.state_dict() after its last step.)",
+            stacklevel=4 if above and above.f_code.co_name == "_exitfunc" else 3,  # at the process's end
         )
 
 

@@ -154,18 +154,19 @@ def measure(ticket: Ticket, masks: Mapping[str, Mask] | None = None) -> Report:
 
 def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
     """Warn, on behalf of finalize(), of parameters that no update has penalized; returns a report on the others."""
-    missed = {managed.name for managed in ticket.parameters if managed.penalized_at < 0}
+    missed = {managed.name: managed.penalized_at for managed in ticket.parameters if managed.penalized_at <= 0}
     others = [layer for layer in report.layers if layer.name not in missed]
-    cut = [layer.name for layer in report.layers if layer.name in missed and layer.residual > 0]
-    if not (cut and others):  # after a restart it is not known
+    cut = [layer.name for layer in report.layers if layer.name in missed and layer.residual > MAX_RESIDUAL]
+    if not (cut and others):  # right after a restart it is not known
         return report
+    since = "" if missed[cut[0]] < 0 else " since the scheduler's state was loaded"
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in cut))
     tops = list(dict.fromkeys(name.partition(".")[0] for name in modules))
     if not {layer.name.partition(".")[0] for layer in others}.intersection(tops):
         modules = tops
     shown = [", ".join(names[:3]) + (", …" if names[3:] else "") for names in (cut, list(map(repr, modules)))]
     warnings.warn(
-        f"{shown[0]} got no penalty in any update, and what the masked weights knew is cut."
+        f"{shown[0]} got no penalty in any update{since}, and what the masked weights knew is cut."
         " No optimizer has them, they were frozen, or the loss has not used them. Leave them dense with"
         f" exclude=[{shown[1]}]; or, if they are an average or a copy of another part (a target network), build the"
         " scheduler on that part, and after finalize() mask the copy with rst.apply_masks(copy).",
@@ -206,7 +207,9 @@ def _lever(ticket: Ticket) -> str:
         if lr < highest / 2:
             levers.append(f"The lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high")
         if type(optimizer) is SGD and not levers:
-            levers.append(f"{_MORE} (lr times max_penalty must stay below {sgd_limit(held.groups[0]):g} with this SGD)")
+            limit = sgd_limit(held.groups[0])
+            change = _MORE if lr * ticket.stage.penalty < limit else "Lower max_penalty or lr"
+            levers.append(f"{change} (lr times max_penalty must stay below {limit:g} with this SGD)")
         if type(optimizer) in (Adam, AdamW):
             moves = sizes = 0.0
             for (managed, parameter), group in zip(held, held.groups, strict=True):

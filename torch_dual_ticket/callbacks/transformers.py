@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from .._rst.residual import MAX_RESIDUAL
 from .budget import TrainerTicket
 
 if find_spec("transformers") is None:
@@ -104,8 +106,14 @@ class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):
     ) -> None:
         rst = self._started()
         self._warn_if_unfinished()
-        if rst.phase == "finetune":
-            rst.apply_masks(model)  # load_best_model_at_end may just have loaded earlier weights
+        if rst.phase == "finetune":  # load_best_model_at_end may just have loaded earlier weights
+            if (residual := rst.residual()) > MAX_RESIDUAL:
+                warnings.warn(
+                    "the best model was loaded, which is from before the masked weights were set to zero: they held"
+                    f" {residual:.1%} of the norm, and are cut, not finetuned. Begin to evaluate later (eval_delay).",
+                    stacklevel=2,
+                )
+            rst.apply_masks(model)
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into ``trainer_state.json``."""
