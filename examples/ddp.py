@@ -54,9 +54,9 @@ for epoch in range(EPOCHS):
             if dist.get_rank() == 0:
                 print(report)
 
+with torch.no_grad():
+    accuracy = (model.module(x[1408:].to(device)).argmax(1).cpu() == y[1408:]).float().mean().item()
 if dist.get_rank() == 0:
-    with torch.no_grad():
-        accuracy = (model.module(x[1408:].to(device)).argmax(1).cpu() == y[1408:]).float().mean().item()
     print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
     save_ticket(rst, "ddp.safetensors")  # the kept weights and the seed: a quarter of the size
 dist.barrier()  # a rank that ends while another still needs its connection can crash

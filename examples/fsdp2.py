@@ -58,10 +58,11 @@ for epoch in range(EPOCHS):
                 print(report)
 
 save_ticket(rst, "fsdp2.safetensors")  # on all ranks: the kept weights come together, and rank 0 writes
+dist.barrier()  # now the file is there
+plain = network()
+load_ticket("fsdp2.safetensors", plain)
+accuracy = (plain(x[1408:]).argmax(1) == y[1408:]).float().mean().item()
 if rank == 0:
-    plain = network()
-    load_ticket("fsdp2.safetensors", plain)
-    accuracy = (plain(x[1408:]).argmax(1) == y[1408:]).float().mean().item()
     print(f"{rst.sparsity:.1%} sparse, {accuracy:.1%} of the test images right")
 dist.barrier()  # a rank that ends while another still needs its connection can crash
 dist.destroy_process_group()
