@@ -224,7 +224,7 @@ def description(options: argparse.Namespace, command: list[str], report: Report)
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
 - Learning rates {DECAYS[options.decay]} {again}.
 - Data: {sizes}{pixels}.{dense}
-- Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
+- Iterative methods: {options.cycles} rounds or cycles. {MAGNITUDES[options.magnitude]}.
 - Optimizer: {options.optimizer or MODELS[options.model].optimizer}{decayed}. BatchNorm after a mask: statistics{anew}.
 - GMP prunes {GMP_INTERVALS} times{delayed}; until its last mask its weights count as dense.
 - RST: penalty {" and ".join(options.schedules)}, up to {ceilings}, and
