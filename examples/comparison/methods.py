@@ -138,12 +138,25 @@ def gradual(job: Job) -> None:
     if job.cell.pattern == "unstructured" or job.cell.growth:
         job.train(length, job.search_rate, after_update=prune)
     else:  # the library's, which grows over 0.6 of its steps; its counts are rounded otherwise than in earlier tables
-        pruning = gradually(job, steps=int(length / 0.6), intervals=GMP_INTERVALS, max_penalty=0)
-        job.train(length, job.search_rate, after_update=pruning.step)
-        pruning.finalize()
-        job.ticket = pruning
+        prune_gradually(job, length, steps=int(length / 0.6))
     job.look_at_masked()
     job.train(job.left, job.cell.rate)
+
+
+def gradual_early(job: Job) -> None:
+    """GMP-RST without its penalty: masks that are in force at once, and complete as early."""
+    job.train_delay()
+    length = job.search - sum(job.done.values())
+    prune_gradually(job, length, **steps_and_hold(job, length))
+    job.look_at_masked()
+    job.train(job.left, job.cell.rate)
+
+
+def prune_gradually(job: Job, length: int, **schedule: int) -> None:
+    pruning = gradually(job, **schedule, intervals=GMP_INTERVALS, max_penalty=0)
+    job.train(length, job.search_rate, after_update=pruning.step)
+    pruning.finalize()
+    job.ticket = pruning
 
 
 def growth(text: str, updates: int) -> dict[int, float]:
@@ -238,9 +251,8 @@ def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> 
     """Train under the growing penalty, mask, finetune."""
     cell = job.cell
     updates = job.search - sum(job.done.values())
-    length = updates // cycles
-    held = min(length - 1, round(cell.hold * length))
-    job.ticket = rst = build(steps=length - held, hold=held, max_penalty=cell.max_penalty, schedule=cell.schedule)
+    schedule = steps_and_hold(job, updates // cycles)
+    job.ticket = rst = build(**schedule, max_penalty=cell.max_penalty, schedule=cell.schedule)
     with warnings.catch_warnings():  # the table says how much was left
         warnings.filterwarnings("ignore", message="with lr=|the masked weights (still held|come to rest)")
         job.train(updates, job.search_rate, after_update=rst.step)
@@ -248,6 +260,11 @@ def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> 
         rst.finalize()
     job.look_at_masked()
     job.train(job.left, cell.rate)
+
+
+def steps_and_hold(job: Job, length: int) -> dict[str, int]:
+    held = min(length - 1, round(job.cell.hold * length))
+    return {"steps": length - held, "hold": held}
 
 
 def rst_erk(job: Job) -> None:
@@ -266,6 +283,7 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "scratch-short": scratch_short,
     "L1": magnitude,
     "GMP": gradual,
+    "GMP-early": gradual_early,
     "LTH": lottery,
     "LTH-iter": lottery_iterative,
     "random-after-dense": random_after_dense,
@@ -280,20 +298,21 @@ EXTRA = (
     "scratch-scaled",
     "scratch-short",
     "GMP",
+    "GMP-early",
     "L1-RST",
     "L1-RST-norm",
     "GMP-RST",
     "RST-ERK",
 )  # compared with when they are asked for
 PAPER = [method for method in METHODS if method not in EXTRA]
-BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter", "L1-RST", "L1-RST-norm", "GMP-RST"}
+BY_MAGNITUDE = {"L1", "GMP", "GMP-early", "LTH", "LTH-iter", "L1-RST", "L1-RST-norm", "GMP-RST"}
 PENALIZED = {"L1-RST", "L1-RST-norm", "GMP-RST", "RST", "RST-ERK", "RST-iter"}
 SEARCHES = BY_MAGNITUDE | PENALIZED | {"random-after-dense"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
-DELAYED = {*PENALIZED, "GMP"}
+DELAYED = {*PENALIZED, "GMP", "GMP-early"}
 GROWING = {"GMP", "GMP-RST"}
-WITH_PATTERN = {"dense", "scratch", "L1", "GMP", "random-after-dense", "RST", "L1-RST", "L1-RST-norm", "GMP-RST"}
+WITH_PATTERN = {"dense", "scratch", "random-after-dense", "RST", *BY_MAGNITUDE} - {"LTH", "LTH-iter"}
 
 
 def with_its_own(cell: Cell) -> Cell:
@@ -312,7 +331,9 @@ def with_its_own(cell: Cell) -> Cell:
     elif cell.optimizer_state == ("new" if cell.anneal == "each" else "kept"):
         unused |= {"optimizer_state": ""}
     if method not in PENALIZED:
-        unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0}
+        unused |= {"schedule": "", "max_penalty": 0.0}
+    if method not in PENALIZED | {"GMP-early"}:
+        unused |= {"hold": 0.0}
     if method not in GROWING:
         unused |= {"growth": ""}
     if method not in DELAYED:

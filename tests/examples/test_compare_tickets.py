@@ -360,6 +360,23 @@ def test_a_mask_may_grow_otherwise(method, curve, part, pattern, monkeypatch):
     assert torch.equal(torch.cat([(~mask).flatten() for mask in last[-1].values()]), gone[-1])
 
 
+def test_gradual_pruning_may_be_complete_as_early_as_under_the_penalty(monkeypatch):
+    masks = {"GMP-early": [], "GMP-RST": []}
+    for method, seen in masks.items():
+        step = methods.GradualPruning.step
+        monkeypatch.setattr(
+            methods.GradualPruning, "step", lambda self, seen=seen, step=step: (step(self), seen.append(self.sparsity))
+        )
+        run = with_its_own(cell(method, updates=200, delay=0.2, hold=0.25, magnitude="uniform"))
+        assert run.hold == 0.25
+        result = training.run_cell(run, None, CPU)
+        monkeypatch.setattr(methods.GradualPruning, "step", step)
+        assert (result["dense_updates"], result["sparse_updates"]) == (100, 100)
+    assert masks["GMP-early"] == masks["GMP-RST"]
+    assert len(masks["GMP-early"]) == 80
+    assert masks["GMP-early"].index(max(masks["GMP-early"])) == 35  # 60 % of the 60 updates before the hold
+
+
 def test_the_usual_growth_has_a_name():
     usual, named = (
         training.run_cell(cell("GMP", growth=growth, magnitude="uniform"), None, CPU) for growth in ("", "cubic-1")
