@@ -88,7 +88,7 @@ def largest(job: Job, sparsity: float, **options: Any) -> dict[str, torch.Tensor
 
 
 def taylor(job: Job) -> dict[str, torch.Tensor]:
-    """|gradient × weight|, to first order what the loss would change by; its mean over training batches."""
+    """|gradient × weight|, to first order what the loss would change by; summed over training batches."""
     scores: dict[str, torch.Tensor] = {}
     parameters = dict(job.model.named_parameters())
     job.model.eval()  # BatchNorm's statistics stay

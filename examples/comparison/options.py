@@ -24,8 +24,8 @@ PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75, "filter": None}  # an
 MAGNITUDES = {
     "uniform": "Magnitudes are compared within each layer",
     "global": "Magnitudes are compared across all layers",
-    "taylor": "|gradient × weight| on 10 further batches is compared within each layer",
-    "taylor-global": "|gradient × weight| on 10 further batches is compared across all layers",
+    "taylor": "|gradient × weight| on 10 training batches is compared within each layer",
+    "taylor-global": "|gradient × weight| on 10 training batches is compared across all layers",
     "lamp": "LAMP's scores are compared across all layers",
 }
 
