@@ -8,6 +8,7 @@ methods (names as in the tables):
   scratch-short       scratch with fewer updates than all others: those that RST has left after its search
   L1                  train, remove the smallest weights, finetune
   GMP                 gradual magnitude pruning: the same little by little, during the search
+  GMP-early           GMP with its last mask as early as GMP-RST's: GMP-RST without its penalty
   LTH                 lottery ticket: train, remove the smallest weights, rewind to initialization, train
   LTH-iter            the same in several rounds
   random-after-dense  train, mask at random, finetune: RST without its penalty
@@ -205,6 +206,8 @@ def description(options: argparse.Namespace, command: list[str], report: Report)
         "once, over the search and the ticket together" if options.anneal == "once" else "in each stretch of training"
     )
     delayed = f", after the first {options.delay:.0%} of the search" if options.delay else ""
+    early = f" (early: within the first {0.6 * (1 - options.hold):.0%} of what is left of it)"
+    early *= "GMP-early" in options.methods
     decayed = "" if options.weight_decay is None else f", weight decay {options.weight_decay:g}"
     own = "the last stretch of training"
     if options.rate_from == "delay":
@@ -224,9 +227,9 @@ def description(options: argparse.Namespace, command: list[str], report: Report)
   {options.search:.0%} of them on that. Each method and sparsity: {trials}.
 - Learning rates {DECAYS[options.decay]} {again}.
 - Data: {sizes}{pixels}.{dense}
-- Iterative methods: {options.cycles} rounds or cycles. Magnitudes are compared {MAGNITUDES[options.magnitude]}.
+- Iterative methods: {options.cycles} rounds or cycles. {MAGNITUDES[options.magnitude]}.
 - Optimizer: {options.optimizer or MODELS[options.model].optimizer}{decayed}. BatchNorm after a mask: statistics{anew}.
-- GMP prunes {GMP_INTERVALS} times{delayed}; until its last mask its weights count as dense.
+- GMP prunes {GMP_INTERVALS} times{delayed}{early}; until the search ends its weights count as dense.
 - RST: penalty {" and ".join(options.schedules)}, up to {ceilings}, and
   at its ceiling for the last {options.hold:.0%} of a cycle{delayed}. Residual: the share of the norm that the masked
   weights still held when they were set to zero.

@@ -21,7 +21,7 @@ import torch
 from comparison.cells import Cell
 from comparison.data import DATA, contents
 from comparison.engines import choose
-from comparison.methods import ANNEALED_ONCE, DELAYED, METHODS, PENALIZED, SEARCHES, with_its_own
+from comparison.methods import ANNEALED_ONCE, CURVES, DELAYED, METHODS, PENALIZED, SCORES, SEARCHES, with_its_own
 from comparison.models import MODELS, OPTIMIZERS
 from comparison.options import PATTERNS, TUNING_SEED, sparsities_of
 from comparison.progress import ProgressBar
@@ -29,7 +29,9 @@ from comparison.records import Records
 from comparison.report import PAGE, estimate, tables
 from comparison.training import load
 
-SETTINGS = ("search", "anneal", "penalty", "hold", "delay", "optimizer at the mask", "BatchNorm", "rate")
+SETTINGS = ("scores", "growth", "search", "anneal", "penalty", "hold", "delay")
+SETTINGS += ("optimizer at the mask", "BatchNorm", "rate")
+GROWTHS = [f"{curve}-{part}" for curve in CURVES for part in (0.4, 0.6, 0.8, 1)]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, default=["scratch", "RST"])
     add("--sparsity", nargs="+", type=float, help="default: 0.9 0.98, or what the pattern means")
     add("--pattern", choices=PATTERNS, default="unstructured", help="of the masks")
+    add("--magnitudes", nargs="+", choices=SCORES, default=["uniform"], help="see compare_tickets.py")
+    text = "of a mask: cubic-0.6 grows over 60 %% of the updates that GMP prunes in, or that λ rises in"
+    add("--growths", nargs="+", choices=GROWTHS, default=[""], metavar="G", help=text)
     add("--updates", type=int, default=6000)
     add("--batch", type=int, default=64)
     add("--searches", nargs="+", type=float, default=[0.1, 0.25, 0.5], help="part of the updates before the mask")
@@ -72,6 +77,7 @@ def settings(options: argparse.Namespace) -> list[Cell]:
         *(options.sparsity, options.methods, options.searches, options.anneals),
         *(options.schedules, options.max_penalties, options.holds, options.delays),
         *(options.optimizer_states, options.recalibrations),
+        *(options.magnitudes, options.growths),
     )
     rows = [
         Cell(
@@ -86,7 +92,8 @@ def settings(options: argparse.Namespace) -> list[Cell]:
             sparsity=sparsity,
             search=search,
             cycles=options.cycles,
-            magnitude="uniform",
+            magnitude=magnitude,
+            growth=growth,
             schedule=schedule,
             max_penalty=ceiling,
             hold=hold,
@@ -101,7 +108,8 @@ def settings(options: argparse.Namespace) -> list[Cell]:
             pixels=options.pixels,
             tuning=True,
         )
-        for sparsity, method, search, anneal, schedule, ceiling, hold, delay, state, recalibrate in grid
+        for sparsity, method, search, anneal, schedule, ceiling, hold, delay, *others in grid
+        for state, recalibrate, magnitude, growth in [others]
     ]
     return list(dict.fromkeys(map(with_its_own, rows)))
 
@@ -112,6 +120,7 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
         return max(runs.items(), key=lambda item: sum(result["validation"] for result in item[1]))
 
     found = [(row, *best(row)) for row in rows]
+    first = {(row.method, row.sparsity): results for row, _, results in reversed(found)}
     found.sort(key=lambda item: (item[0].sparsity, -sum(result["validation"] for result in item[2])))
     lines = []
     several = len({row.variant for row in rows if row.variant}) > 1
@@ -121,11 +130,15 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
             for name, digits in (("masked", "1f"), ("residual", "2%"))
         )
         goes_on = row.method in ANNEALED_ONCE
+        usual = first[row.method, row.sparsity]
+        ahead = [mine["validation"] - other["validation"] for mine, other in zip(results, usual, strict=True)]
         kept = row.optimizer_state or ("new" if row.anneal == "each" else "kept")
         lines.append(
             {
                 "sparsity": f"{100 * row.sparsity:g} %",
                 "method": f"{row.method} ({row.variant})" if several and row.variant else row.method,
+                **({"scores": row.magnitude} if options.magnitudes != ["uniform"] else {}),
+                **({"growth": row.growth} if options.growths != [""] else {}),
                 "search": f"{100 * row.search:g} %" if row.search else "",
                 "anneal": row.anneal if goes_on else "",
                 "penalty": "" if several else row.variant,
@@ -137,13 +150,15 @@ def table(options: argparse.Namespace, rows: list[Cell], records: Records) -> st
                 "masked, %": masked,
                 "residual": residual,
                 "validation, %": str(estimate([result["validation"] for result in results])),
+                "− first": "" if results is usual else estimate(ahead).signed,
             }
         )
     values = {name: {line[name] for line in lines} - {""} for name in SETTINGS if name in lines[0]}
     same = {name: found for name, found in values.items() if len(found) < 2}
     shared = [f"{name} {value}" for name, found in same.items() for value in found]
     lines = [{name: text for name, text in line.items() if name not in same} for line in lines]
-    text = fill(f"Everywhere, where a method has it: {'; '.join(shared)}.", PAGE)
+    differences = "Differences are to the method's first setting in the command, between runs of one seed."
+    text = fill(f"Everywhere, where a method has it: {'; '.join(shared)}. {differences}", PAGE)
     return f"{text}\n\n{tables(lines)}"
 
 
@@ -158,6 +173,8 @@ def main() -> None:
     options = parser.parse_args()
     options.rates = sorted(options.rates or OPTIMIZERS[options.optimizer or MODELS[options.model].optimizer].rates)
     options.sparsity = sparsities_of(parser, options, default=(0.9, 0.98))
+    if ":" in options.pattern and options.growths != [""]:
+        parser.error(f"--growths is not for --pattern {options.pattern}")
     options.out.mkdir(parents=True, exist_ok=True)
     records = Records(options.out / "records.jsonl")
     rows = settings(options)

@@ -20,7 +20,8 @@ class Cell:
     sparsity: float = 0.0
     search: float = 0.0  # part of the updates that is spent before the ticket is trained
     cycles: int = 1  # of iterative RST, and rounds of the iterative lottery ticket
-    magnitude: str = ""  # how magnitude pruning spreads the sparsity over the layers: "uniform" or "global"
+    magnitude: str = ""  # how weights are compared: "uniform" (within each layer), "global", or by other scores
+    growth: str = ""  # of a mask that grows: "cubic-0.6" over 60 % of the updates; "": as the method usually does
     schedule: str = ""  # of RST's penalty
     max_penalty: float = 0.0
     hold: float = 0.0  # part of a cycle in which the penalty stays at its ceiling

@@ -11,6 +11,7 @@ COLORS = {
     "scratch-short": "burlywood",
     "L1": "tab:green",
     "GMP": "yellowgreen",
+    "GMP-early": "olive",
     "LTH": "tab:purple",
     "LTH-iter": "mediumpurple",
     "random-after-dense": "0.6",

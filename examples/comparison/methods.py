@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -20,13 +21,15 @@ from torch_dual_ticket.baselines import GradualPruning, LotteryTicket, hold, mag
 from .models import MODELS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from .cells import Cell
     from .training import Job
 
 
 GMP_INTERVALS = 20
+CURVES = {"linear": 1, "quadratic": 2, "cubic": 3}  # of a mask's growth
+SCORED_BATCHES = 10
 
 
 def dense(job: Job) -> None:
@@ -79,9 +82,43 @@ def hold_largest(job: Job, sparsity: float, **options: Any) -> None:
 
 
 def largest(job: Job, sparsity: float, **options: Any) -> dict[str, torch.Tensor]:
-    return magnitude_masks(
-        job.model, sparsity, distribution=job.cell.magnitude, exclude=job.recipe.dense_layers, **options
-    )
+    scores, distribution = SCORES[job.cell.magnitude]
+    chosen = {"scores": scores and scores(job), "distribution": distribution, "exclude": job.recipe.dense_layers}
+    return magnitude_masks(job.model, sparsity, **chosen, **options)
+
+
+def taylor(job: Job) -> dict[str, torch.Tensor]:
+    """|gradient × weight|, to first order what the loss would change by; summed over training batches."""
+    scores: dict[str, torch.Tensor] = {}
+    parameters = dict(job.model.named_parameters())
+    job.model.eval()  # BatchNorm's statistics stay
+    for x, y in itertools.islice(job.data.batches(job.cell.batch, job.cell.seed), SCORED_BATCHES):
+        loss = F.cross_entropy(job.model(x).flatten(0, -2), y.flatten())
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            scores[name] = scores.get(name, 0) + (gradient * parameter.detach()).abs()
+    job.model.train()
+    return scores
+
+
+def lamp(job: Job) -> dict[str, torch.Tensor]:
+    """A weight's square as a share of those in its layer that are no smaller (Lee et al., arXiv 2010.07611)."""
+    scores = {}
+    for name, parameter in job.model.named_parameters():
+        squares, order = parameter.detach().square().flatten().sort(stable=True)
+        shares = squares / squares.flip(0).cumsum(0).flip(0)
+        scores[name] = torch.empty_like(shares).scatter_(0, order, shares).view_as(parameter)
+    return scores
+
+
+# How weights are compared: by which scores in place of their magnitudes, and within which layers.
+SCORES: dict[str, tuple[Callable[[Job], Mapping[str, torch.Tensor]] | None, str]] = {
+    "uniform": (None, "uniform"),
+    "global": (None, "global"),
+    "taylor": (taylor, "uniform"),
+    "taylor-global": (taylor, "global"),
+    "lamp": (lamp, "global"),
+}
 
 
 def gradual(job: Job) -> None:
@@ -91,23 +128,43 @@ def gradual(job: Job) -> None:
     """
     job.train_delay()
     length = job.search - sum(job.done.values())
-    ends = [length * number // GMP_INTERVALS for number in range(1, GMP_INTERVALS + 1)]
+    shares = growth(job.cell.growth or "cubic-1", length)
     update = itertools.count(1)
 
     def prune() -> None:
-        now = next(update)
-        if now in ends:
-            hold_largest(job, job.cell.sparsity * (1 - (1 - now / length) ** 3), within=job.masks)
+        if share := shares.get(next(update)):
+            hold_largest(job, job.cell.sparsity * share, within=job.masks, pattern=job.cell.pattern)
 
-    if job.cell.pattern == "unstructured":
+    if job.cell.pattern == "unstructured" or job.cell.growth:
         job.train(length, job.search_rate, after_update=prune)
     else:  # the library's, which grows over 0.6 of its steps; its counts are rounded otherwise than in earlier tables
-        pruning = gradually(job, steps=int(length / 0.6), intervals=GMP_INTERVALS, max_penalty=0)
-        job.train(length, job.search_rate, after_update=pruning.step)
-        pruning.finalize()
-        job.ticket = pruning
+        prune_gradually(job, length, steps=int(length / 0.6))
     job.look_at_masked()
     job.train(job.left, job.cell.rate)
+
+
+def gradual_early(job: Job) -> None:
+    """GMP-RST without its penalty: masks that are in force at once, and complete as early."""
+    job.train_delay()
+    length = job.search - sum(job.done.values())
+    prune_gradually(job, length, **steps_and_hold(job, length))
+    job.look_at_masked()
+    job.train(job.left, job.cell.rate)
+
+
+def prune_gradually(job: Job, length: int, **schedule: int) -> None:
+    pruning = gradually(job, **schedule, intervals=GMP_INTERVALS, max_penalty=0)
+    job.train(length, job.search_rate, after_update=pruning.step)
+    pruning.finalize()
+    job.ticket = pruning
+
+
+def growth(text: str, updates: int) -> dict[int, float]:
+    """After which updates a mask grows, and which share of it there is from then on; "cubic-0.6": over 60 % of them."""
+    curve, _, part = text.partition("-")
+    length = round(float(part) * updates)
+    ends = (length * number // GMP_INTERVALS for number in range(1, GMP_INTERVALS + 1))
+    return {end: 1 - (1 - end / length) ** CURVES[curve] for end in ends}
 
 
 def lottery(job: Job, rounds: int = 1) -> None:
@@ -165,21 +222,37 @@ def magnitude_rst_norm(job: Job) -> None:
 def gradual_rst(job: Job) -> None:
     """A mask that takes more and more of the smallest weights, transformed while it grows."""
     job.train_delay()
-    transform(job, lambda **schedule: gradually(job, **schedule))
+    grown = Growing if job.cell.growth else gradually
+    transform(job, lambda **schedule: grown(job, **schedule))
 
 
 def gradually(job: Job, **schedule: Any) -> GradualPruning:
-    others = {"distribution": job.cell.magnitude, "pattern": job.cell.pattern, "exclude": job.recipe.dense_layers}
-    return GradualPruning(job.model, job.cell.sparsity, **schedule, **others)
+    scores, distribution = SCORES[job.cell.magnitude]
+    others = {"distribution": distribution, "pattern": job.cell.pattern, "exclude": job.recipe.dense_layers}
+    return GradualPruning(job.model, job.cell.sparsity, scores=scores and (lambda _: scores(job)), **schedule, **others)
+
+
+class Growing(RSTScheduler):
+    """What GradualPruning does, with another growth of the mask."""
+
+    def __init__(self, job: Job, *, steps: int, **schedule: Any) -> None:
+        dense = {name: torch.ones_like(mask) for name, mask in largest(job, job.cell.sparsity).items()}
+        super().__init__(job.model, masks=dense, steps=steps, **schedule)
+        self.job, self.shares, self.update = job, growth(job.cell.growth, steps), itertools.count(1)
+
+    def step(self) -> None:
+        super().step()
+        if share := self.shares.get(next(self.update)):
+            cell = self.job.cell
+            self.set_masks(largest(self.job, cell.sparsity * share, within=self.masks, pattern=cell.pattern))
 
 
 def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> None:
     """Train under the growing penalty, mask, finetune."""
     cell = job.cell
     updates = job.search - sum(job.done.values())
-    length = updates // cycles
-    held = min(length - 1, round(cell.hold * length))
-    job.ticket = rst = build(steps=length - held, hold=held, max_penalty=cell.max_penalty, schedule=cell.schedule)
+    schedule = steps_and_hold(job, updates // cycles)
+    job.ticket = rst = build(**schedule, max_penalty=cell.max_penalty, schedule=cell.schedule)
     with warnings.catch_warnings():  # the table says how much was left
         warnings.filterwarnings("ignore", message="with lr=|the masked weights (still held|come to rest)")
         job.train(updates, job.search_rate, after_update=rst.step)
@@ -187,6 +260,11 @@ def transform(job: Job, build: Callable[..., RSTScheduler], cycles: int = 1) -> 
         rst.finalize()
     job.look_at_masked()
     job.train(job.left, cell.rate)
+
+
+def steps_and_hold(job: Job, length: int) -> dict[str, int]:
+    held = min(length - 1, round(job.cell.hold * length))
+    return {"steps": length - held, "hold": held}
 
 
 def rst_erk(job: Job) -> None:
@@ -205,6 +283,7 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "scratch-short": scratch_short,
     "L1": magnitude,
     "GMP": gradual,
+    "GMP-early": gradual_early,
     "LTH": lottery,
     "LTH-iter": lottery_iterative,
     "random-after-dense": random_after_dense,
@@ -219,19 +298,21 @@ EXTRA = (
     "scratch-scaled",
     "scratch-short",
     "GMP",
+    "GMP-early",
     "L1-RST",
     "L1-RST-norm",
     "GMP-RST",
     "RST-ERK",
 )  # compared with when they are asked for
 PAPER = [method for method in METHODS if method not in EXTRA]
-BY_MAGNITUDE = {"L1", "GMP", "LTH", "LTH-iter", "L1-RST", "L1-RST-norm", "GMP-RST"}
+BY_MAGNITUDE = {"L1", "GMP", "GMP-early", "LTH", "LTH-iter", "L1-RST", "L1-RST-norm", "GMP-RST"}
 PENALIZED = {"L1-RST", "L1-RST-norm", "GMP-RST", "RST", "RST-ERK", "RST-iter"}
 SEARCHES = BY_MAGNITUDE | PENALIZED | {"random-after-dense"}
 ITERATIVE = {"LTH-iter", "RST-iter"}
 ANNEALED_ONCE = SEARCHES - {"LTH", "LTH-iter"}  # where nothing is rewound
-DELAYED = {*PENALIZED, "GMP"}
-WITH_PATTERN = {"dense", "scratch", "L1", "GMP", "random-after-dense", "RST", "L1-RST", "L1-RST-norm", "GMP-RST"}
+DELAYED = {*PENALIZED, "GMP", "GMP-early"}
+GROWING = {"GMP", "GMP-RST"}
+WITH_PATTERN = {"dense", "scratch", "random-after-dense", "RST", *BY_MAGNITUDE} - {"LTH", "LTH-iter"}
 
 
 def with_its_own(cell: Cell) -> Cell:
@@ -250,7 +331,11 @@ def with_its_own(cell: Cell) -> Cell:
     elif cell.optimizer_state == ("new" if cell.anneal == "each" else "kept"):
         unused |= {"optimizer_state": ""}
     if method not in PENALIZED:
-        unused |= {"schedule": "", "max_penalty": 0.0, "hold": 0.0}
+        unused |= {"schedule": "", "max_penalty": 0.0}
+    if method not in PENALIZED | {"GMP-early"}:
+        unused |= {"hold": 0.0}
+    if method not in GROWING:
+        unused |= {"growth": ""}
     if method not in DELAYED:
         unused |= {"delay": 0.0, "rate_from": "mask"}
     if method == "dense":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from .data import DATA
-from .methods import EXTRA, METHODS, PAPER, WITH_PATTERN
+from .methods import EXTRA, METHODS, PAPER, SCORES, WITH_PATTERN
 from .models import MODELS, OPTIMIZERS
 from .recipe import RecipeError, read_recipe
 from .training import forget, load
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 TUNING_SEED = 1000  # the first seed of the runs that choose a learning rate; the results begin at 0
 PATTERNS = {"unstructured": None, "2:4": 0.5, "1:4": 0.75, "filter": None}  # and what sparsity each means
-MAGNITUDES = {"uniform": "within each layer", "global": "across all layers"}
+MAGNITUDES = {
+    "uniform": "Magnitudes are compared within each layer",
+    "global": "Magnitudes are compared across all layers",
+    "taylor": "|gradient × weight| on 10 training batches is compared within each layer",
+    "taylor-global": "|gradient × weight| on 10 training batches is compared across all layers",
+    "lamp": "LAMP's scores are compared across all layers",
+}
 
 
 RECIPE = """my_recipe.py, with what it may hold:
@@ -106,7 +112,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     how = parser.add_argument_group("how the methods work").add_argument
     text = "cycles of RST-iter and rounds of LTH-iter; default: 3"
     how("--cycles", type=at_least(1), default=3, metavar="N", help=text)
-    text = "where L1 and LTH compare magnitudes: within each layer, or across all; default: uniform"
+    text = "how L1, GMP and LTH compare magnitudes: within each layer, or across all; L1 and GMP also in place of"
+    text += " them |gradient × weight|, or LAMP's scores; default: uniform"
     how("--magnitude", choices=MAGNITUDES, default="uniform", help=text)
     text = "growth of RST's penalty: linear, quadratic, cubic; several make a row each; default: linear"
     how("--schedules", nargs="+", choices=("linear", "quadratic", "cubic"), default=["linear"], metavar="S", help=text)
@@ -222,8 +229,11 @@ def parse(
         parser.error(f"--batch {options.batch} cannot be shared equally by {ranks} ranks")
     if options.rate_from == "delay" and (not options.delay or options.anneal == "once"):
         parser.error("--rate-from delay needs a --delay, and --anneal each")
-    if options.pattern != "unstructured" and options.magnitude != "uniform":
+    scores, distribution = SCORES[options.magnitude]
+    if options.pattern != "unstructured" and distribution == "global":
         parser.error(f"--magnitude {options.magnitude} is for --pattern unstructured")
+    if scores and (lotteries := [method for method in options.methods if method.startswith("LTH")]):
+        parser.error(f"--magnitude {options.magnitude} is not for {lotteries[0]}: name others with --methods")
     search = round(options.search * options.updates)
     if search < 5 * options.cycles or round(search * (1 - options.delay)) < 2 * options.cycles:
         parser.error(f"--updates {options.updates} leave too few for a search in {options.cycles} cycles")

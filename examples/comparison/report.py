@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .cells import Cell
 
 PAGE = 100  # letters in a line of a table
-TEXTS = {"method", "anneal"}  # columns that begin on the left
-BASELINES = ("scratch", "scratch-scaled", "scratch-short", "L1", "GMP", "LTH", "LTH-iter", "random-after-dense")
+TEXTS = {"method", "anneal", "scores", "growth"}  # columns that begin on the left
+BASELINES = ("scratch", "scratch-scaled", "scratch-short", "L1", "GMP", "GMP-early", "LTH", "LTH-iter")
+BASELINES += ("random-after-dense",)
 
 
 @dataclass(frozen=True)

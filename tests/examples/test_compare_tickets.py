@@ -330,6 +330,97 @@ def test_gradual_pruning_of_a_pattern_grows_until_the_search_ends(pattern, spars
     assert (result["dense_updates"], result["sparse_updates"]) == (140, 60)
 
 
+@pytest.mark.parametrize("method", ["GMP", "GMP-RST"])
+@pytest.mark.parametrize(("curve", "part", "pattern"), [("linear", 0.6, "unstructured"), ("quadratic", 0.8, "filter")])
+def test_a_mask_may_grow_otherwise(method, curve, part, pattern, monkeypatch):
+    seen, last = [], []
+    train = training.Job.train
+
+    def watched(self, updates, rate, after_update=None):
+        def note():
+            after_update()
+            seen.append(self.ticket and torch.cat([(~mask).flatten() for mask in self.ticket.masks.values()]))
+
+        train(self, updates, rate, after_update and note)
+        last.append(self.masks)
+
+    monkeypatch.setattr(training.Job, "train", watched)
+    model = {"model": "convnet", "pixels": 4} if pattern == "filter" else {}
+    run = {"updates": 200, "search": 0.5, "growth": f"{curve}-{part:g}", "pattern": pattern, "magnitude": "uniform"}
+    training.run_cell(cell(method, **run, **model), None, CPU)
+    over = part * (100 if method == "GMP" else 80)  # λ rises for 80 updates, and stays for 20
+    power = {"linear": 1, "quadratic": 2}[curve]
+    for update, gone in enumerate(seen, 1):
+        grown = [end / over for end in (int(over * number / 20) for number in range(21)) if end <= update][-1]
+        sparsity = 0.0 if gone is None else float(gone.float().mean())
+        assert sparsity == pytest.approx(0.8 * (1 - (1 - grown) ** power), abs=0.02), update
+    assert len(seen) == 100
+    gone = [now for now in seen if now is not None]
+    assert all(bool((after | ~before).all()) for before, after in itertools.pairwise(gone))
+    assert torch.equal(torch.cat([(~mask).flatten() for mask in last[-1].values()]), gone[-1])
+
+
+def test_gradual_pruning_may_be_complete_as_early_as_under_the_penalty(monkeypatch):
+    masks = {"GMP-early": [], "GMP-RST": []}
+    for method, seen in masks.items():
+        step = methods.GradualPruning.step
+        monkeypatch.setattr(
+            methods.GradualPruning, "step", lambda self, seen=seen, step=step: (step(self), seen.append(self.sparsity))
+        )
+        run = with_its_own(cell(method, updates=200, delay=0.2, hold=0.25, magnitude="uniform"))
+        assert run.hold == 0.25
+        result = training.run_cell(run, None, CPU)
+        monkeypatch.setattr(methods.GradualPruning, "step", step)
+        assert (result["dense_updates"], result["sparse_updates"]) == (100, 100)
+    assert masks["GMP-early"] == masks["GMP-RST"]
+    assert len(masks["GMP-early"]) == 80
+    assert masks["GMP-early"].index(max(masks["GMP-early"])) == 35  # 60 % of the 60 updates before the hold
+
+
+def test_the_usual_growth_has_a_name():
+    usual, named = (
+        training.run_cell(cell("GMP", growth=growth, magnitude="uniform"), None, CPU) for growth in ("", "cubic-1")
+    )
+    assert usual | {"seconds": 0} == named | {"seconds": 0}
+    assert with_its_own(cell("L1", growth="cubic-1")).growth == ""
+
+
+def test_other_scores_are_those_computed_explicitly():
+    run = cell("L1", batch=8, model="convnet", pixels=4)
+    job = training.Job(run, training.load(run.data, None, CPU, run.pixels), CPU, lambda updates: None)
+    before = copy.deepcopy(job.model.state_dict())
+    scores = methods.taylor(job)
+    assert job.model.training
+    assert all(p.grad is None for p in job.model.parameters())
+    assert all(torch.equal(now, before[name]) for name, now in job.model.state_dict().items())
+    explicit = {name: torch.zeros_like(p) for name, p in job.model.eval().named_parameters()}
+    for x, y in itertools.islice(job.data.batches(8, run.seed), 10):
+        job.model.zero_grad()
+        torch.nn.functional.cross_entropy(job.model(x), y).backward()
+        for name, p in job.model.named_parameters():
+            explicit[name] += (p.grad * p.detach()).abs()
+    for name, score in scores.items():
+        torch.testing.assert_close(score, explicit[name])
+    weight = job.model[3].weight.detach().square()
+    score = methods.lamp(job)["3.weight"]
+    for at in ((0, 0, 0, 0), (5, 7, 1, 2), (31, 31, 2, 2)):
+        torch.testing.assert_close(score[at], weight[at] / weight[weight >= weight[at]].sum())
+
+
+@pytest.mark.parametrize("method", ["L1", "GMP", "L1-RST", "GMP-RST"])
+@pytest.mark.parametrize("magnitude", ["taylor", "taylor-global", "lamp"])
+def test_masks_by_other_scores(method, magnitude, monkeypatch):
+    given = []
+    for name in ("magnitude_masks", "GradualPruning"):
+        build = getattr(methods, name)
+        monkeypatch.setattr(methods, name, lambda *a, build=build, **k: given.append(k) or build(*a, **k))
+    result = training.run_cell(cell(method, magnitude=magnitude), None, CPU)
+    assert result["achieved_sparsity"] == pytest.approx(0.8, abs=1e-4)
+    assert given
+    assert all(keywords["scores"] is not None for keywords in given)
+    assert {keywords["distribution"] for keywords in given} == {"uniform" if magnitude == "taylor" else "global"}
+
+
 def test_an_optimizer_other_than_the_recipes_can_be_chosen(monkeypatch):
     used = []
     handle = register_optimizer_step_post_hook(lambda optimizer, *_: used.append(type(optimizer)))
@@ -889,6 +980,14 @@ def test_a_search_asks_what_else_may_matter(tmp_path, monkeypatch, capsys):
     assert column(rows, "scratch", "optimizer at the mask") == [""]
     rows = table("--sparsity", "0.8", "--anneals", "once", "--optimizer", "adamw", "--recalibrations", "0", "2")
     assert column(rows, "L1", "BatchNorm") == ["0", "2"]
+    rows = table("--sparsity", "0.8", "--anneals", "each", "--magnitudes", "uniform", "taylor")
+    assert column(rows, "GMP", "scores") == column(rows, "L1", "scores") == ["taylor", "uniform"]
+    rows = table("--sparsity", "0.8", "--anneals", "each", "--growths", "cubic-1", "linear-0.6")
+    assert column(rows, "GMP", "growth") == ["cubic-1", "linear-0.6"]
+    first, second = (next(row for row in rows if row.get("growth") == name) for name in ("cubic-1", "linear-0.6"))
+    assert first["− first"] == ""
+    ahead = float(second["validation, %"]) - float(first["validation, %"])
+    assert float(second["− first"].replace("−", "-")) == pytest.approx(ahead, abs=0.011)
     rows = table("--pattern", "1:4", "--methods", "scratch", "RST", "--anneals", "each")
     assert [row["sparsity"] for row in rows] == ["75 %"] * 2
     records = Records(tmp_path / "records.jsonl").results
@@ -1085,6 +1184,7 @@ def is_running(pid):
         (["--rate-from", "delay"], "needs a --delay"),
         (["--rate-from", "delay", "--delay", "0.5", "--anneal", "once"], "and --anneal each"),
         (["--pattern", "2:4", "--methods", "L1", "--magnitude", "global"], "is for --pattern unstructured"),
+        (["--methods", "L1", "LTH", "--magnitude", "lamp"], "is not for LTH"),
         (["--methods", "magic"], "invalid choice"),
         (["--pattern", "2:4"], "not for scratch-ERK, LTH"),
         (["--pattern", "filter"], "not for scratch-ERK, LTH"),
