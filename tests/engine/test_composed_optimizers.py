@@ -15,10 +15,11 @@ SHAPE = INPUT_SHAPES[mlp]
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization: the gradient of a neighbor uphill, applied here by the optimizer inside."""
 
-    def __init__(self, parameters, before_update, radius=0.05):
+    def __init__(self, parameters, before_update, radius=0.05, keep=lambda inner: inner):
         super().__init__(parameters, {"lr": 0.05})
-        self.inner = torch.optim.SGD(self.param_groups, lr=0.05, momentum=0.9)
-        self.param_groups = self.inner.param_groups
+        inner = torch.optim.SGD(self.param_groups, lr=0.05, momentum=0.9)
+        self.inner, self.inner_step = keep(inner), inner.step
+        self.param_groups = inner.param_groups
         self.before_update, self.radius = before_update, radius
 
     @property
@@ -38,7 +39,7 @@ class SAM(torch.optim.Optimizer):
         for parameter in self.parameters:
             parameter.data = self.state[parameter]["here"]
         self.before_update()
-        self.inner.step()
+        self.inner_step()
 
     def step(self, closure):
         self.climb()
@@ -49,11 +50,16 @@ class SAM(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("scheduler_steps", ["each", "every-third"])
 @pytest.mark.parametrize("call", ["two-calls", "closure"])
-def test_sam(call, scheduler_steps):
+@pytest.mark.parametrize(
+    "keep",
+    [lambda inner: inner, lambda inner: [inner], lambda inner: {"base": inner}],
+    ids=["attribute", "list", "dict"],
+)
+def test_sam(keep, call, scheduler_steps):
     """The penalty is that of the weights that are updated, not of their neighbor; once, on the final gradient."""
 
     def train(model, side):
-        optimizer = SAM(model.parameters(), side.before_update)
+        optimizer = SAM(model.parameters(), side.before_update, keep=keep)
         for index in updates(side):
 
             def closure(index=index):

@@ -142,6 +142,8 @@ def test_it_is_what_all_steps_do_that_diverges():
     assert early == []
     assert "Lower max_penalty or lr (lr times max_penalty must stay below 2 with this SGD)" in late
     assert residual > 0.99
+    [early], _, _ = rising(2.0)
+    assert "will diverge" in early
     [early], _, residual = rising(3.0)
     assert (
         "will diverge, unless lr falls in time: lr times max_penalty must stay below 2 with this SGD, and is 6" in early

@@ -83,13 +83,20 @@ def released():
     return model, rst
 
 
-def resumed_to_look_at():
+def resumed_to_look_at(is_pending=False):
     model, rst = begun()
+    if is_pending:
+        model(torch.ones(2, model.in_features)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
     state = rst.state_dict()
     rst.remove()
     rst = RSTScheduler(model, 0.5, steps=4, seed=0)
     rst.load_state_dict(state)
     return model, rst
+
+
+def resumed_between_an_update_and_its_step():
+    return resumed_to_look_at(is_pending=True)
 
 
 def saved():
@@ -98,7 +105,18 @@ def saved():
     return model, rst
 
 
-@pytest.mark.parametrize("make", [never_stepped, finalized, removed, released, resumed_to_look_at, saved])
+@pytest.mark.parametrize(
+    "make",
+    [
+        never_stepped,
+        finalized,
+        removed,
+        released,
+        resumed_to_look_at,
+        resumed_between_an_update_and_its_step,
+        saved,
+    ],
+)
 def test_nothing_is_said_where_nothing_was_left_undone(make):
     kept = [make()]
     assert said(kept.clear) == []

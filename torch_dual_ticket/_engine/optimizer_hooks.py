@@ -139,7 +139,10 @@ def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
 
 def _parts(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that one is made of (SAM, Lookahead): their steps are the updates, and apply the penalty."""
-    return [part for part in vars(optimizer).values() if isinstance(part, Optimizer)]
+    values = [value for name, value in vars(optimizer).items() if name not in ("param_groups", "state", "defaults")]
+    values += [part for value in values if isinstance(value, (list, tuple)) for part in value]
+    values += [part for value in values if isinstance(value, dict) for part in value.values()]
+    return [part for part in values if isinstance(part, Optimizer)]
 
 
 def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:

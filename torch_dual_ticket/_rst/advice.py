@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .._engine.ticket import Ticket
     from .schedule import Timeline
 
-_DIVERGED = math.log(1e3)  # growth over all steps: those below the limit have shrunk the weights before
+_DIVERGED = math.log(1e6)  # growth since the weights were smallest: the loss's gradients keep them from vanishing
 
 
 class Advice:
@@ -73,7 +73,9 @@ class Advice:
             exponent = made * (sum(shrinkage) * self._timeline.cycles - sum(shrinkage[: self._time]))
             self._message = f"{start} Raise steps, hold, max_penalty or lr; {bound}"
             certain = penalties[: self._time] if "initial_lr" in group else penalties  # a scheduler may lower lr later
-            growth = made * sum(_logarithms(group, group["lr"] * penalty)[1] for penalty in certain)
+            growth = 0.0
+            for penalty in certain:
+                growth = max(0.0, growth + made * _logarithms(group, group["lr"] * penalty)[1])
             if growth > _DIVERGED and [group["lr"] for group in held.groups] == self._rates:
                 peak = group["lr"] * max(penalties)
                 self._message = f"the masked weights will diverge, unless lr falls in time: {bound}, and is {peak:g}"

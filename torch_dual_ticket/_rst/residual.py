@@ -159,7 +159,9 @@ def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
     cut = [layer.name for layer in report.layers if layer.name in missed and layer.residual > MAX_RESIDUAL]
     if not (cut and others):  # right after a restart it is not known
         return report
-    since = "" if missed[cut[0]] < 0 else " since the scheduler's state was loaded"
+    since, leave = "", "Leave"
+    if missed[cut[0]] == 0:
+        since, leave = " since the scheduler's state was loaded", "If they had none before it, either, leave"
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in cut))
     tops = list(dict.fromkeys(name.partition(".")[0] for name in modules))
     if not {layer.name.partition(".")[0] for layer in others}.intersection(tops):
@@ -167,7 +169,7 @@ def warn_of_unpenalized(ticket: Ticket, report: Report) -> Report:
     shown = [", ".join(names[:3]) + (", …" if names[3:] else "") for names in (cut, list(map(repr, modules)))]
     warnings.warn(
         f"{shown[0]} got no penalty in any update{since}, and what the masked weights knew is cut."
-        " No optimizer has them, they were frozen, or the loss has not used them. Leave them dense with"
+        f" No optimizer has them, they were frozen, or the loss has not used them. {leave} them dense with"
         f" exclude=[{shown[1]}]; or, if they are an average or a copy of another part (a target network), build the"
         " scheduler on that part, and after finalize() mask the copy with rst.apply_masks(copy).",
         stacklevel=3,
