@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from lives import assert_same_life, updates
-from models import INPUT_SHAPES, cnn, loss_of, make, mlp, transformer, wide
+from models import INPUT_SHAPES, batch, cnn, loss_of, make, mlp, transformer, wide
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -34,6 +34,30 @@ def test_clipping(clipping, build):
             side.after_update()
 
     assert_same_life(train, build)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, of itself
+def test_clipping_under_compiled_autograd():
+    """The end of its backward pass cannot be waited for: each gradient is masked as it comes."""
+
+    def train(model, side):
+        torch.compiler.reset()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+
+        def backward(x, y):
+            nn.functional.cross_entropy(model(x), y).backward()
+
+        for index in updates(side):
+            optimizer.zero_grad()
+            with torch._dynamo.config.patch(compiled_autograd=True):
+                torch.compile(backward, backend="eager")(*batch(index, INPUT_SHAPES[mlp]))
+            side.after_backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(train)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

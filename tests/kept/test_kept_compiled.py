@@ -66,23 +66,3 @@ def test_a_compiled_training_step(of_model):
         return lambda index: step(*batch(index, (12,)))
 
     assert_same(trained(True, compiled), trained(False, plain))
-
-
-def test_compiled_autograd():
-    """Gradients accumulate in what it has compiled."""
-
-    def compiled(model, optimizer):
-        @torch.compile(backend="eager")
-        def backward(x, y):
-            nn.functional.cross_entropy(model(x), y).backward()
-
-        def step(index):
-            optimizer.zero_grad()
-            with torch._dynamo.config.patch(compiled_autograd=True):
-                for micro in range(2):
-                    backward(*batch(10 * index + micro, (12,)))
-            optimizer.step()
-
-        return step
-
-    assert_same(trained(True, compiled), trained(False, compiled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -46,8 +47,8 @@ class _Backward:
         self.awaited: int | None = None  # the backward pass whose end is waited for: it stays there if that raises
 
     def at_first(self, parameter: Tensor) -> None:
-        task = _current_task()
-        if task != -1:
+        task, compiled = _current_task(), sys.modules.get("torch._dynamo.compiled_autograd")
+        if task != -1 and not getattr(compiled, "in_compiled_autograd_region", False):
             self.awaited = task
             self._at_end(_HOPS)
         elif (mask := self._mask()) is not None:  # compiled autograd has no end that could be waited for
