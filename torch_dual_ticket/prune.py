@@ -44,7 +44,7 @@ class RandomUnstructured(_Stock):
     Args:
         amount: what to prune. A float in [0, 1] is the fraction, rounded to a whole number of entries as Python's
             ``round`` does; an int is that number of entries.
-        seed: any int; or None to draw one from torch's global CPU generator for every mask, so that
+        seed: any int; or None to draw one from torch's global CPU generator for each mask, so that
             ``torch.manual_seed`` makes it reproducible. Give one where several ranks train replicas (a ``UserWarning``
             asks for it): their generators may differ, and the replicas would drift apart.
 

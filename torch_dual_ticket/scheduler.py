@@ -382,7 +382,8 @@ class RSTScheduler(ManagedMasks):
         else:
             self._ticket.transform(masks, penalty, steps)
         self._ticket.resume(pending=pending)
-        self._missing_penalty, self._unfinished.saved_at = MissingPenalty(), steps
+        self._missing_penalty = MissingPenalty()
+        self._unfinished.saved_at = steps
 
     def _fingerprints(self, seed: int | None) -> dict[str, str]:
         masks = self._planned(seed).items()

@@ -120,6 +120,7 @@ def test_a_while_after_a_restart_it_shows():
     """Not of a head whose penalty has done its work before it."""
     [message], _ = finalized(TwoHeads(), restart=30)
     assert message.startswith(f"second.weight {CUT} since the scheduler's state was loaded")
+    assert "If they had none before it, either, leave them dense" in message
     messages, _ = finalized(TwoHeads(uses_second=range(50)), restart=50)
     assert messages == []
 

@@ -48,7 +48,8 @@ class Advice:
         has_risen = not _are_within(groups, first)
         if not has_risen or _are_within(groups, [highest_rate({**group, "lr": None}) for group in groups]):
             self._foresee(ticket, *found[0])
-            self._time *= 2 if has_risen and 4 * after <= self._timeline.total else 0  # more is certain later
+            # While lr rises more is certain later: look again then. At 0 there is no further look.
+            self._time *= 2 if has_risen and 4 * after <= self._timeline.total else 0
 
     @torch.no_grad()
     def _foresee(self, ticket: Ticket, optimizer: Any, held: Batch, made: int) -> None:
@@ -91,7 +92,8 @@ class Advice:
     def speak(self) -> None:
         """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
         if self._message and all(found.has_arrived() for found in self._squares):
-            squares = [found.values.tolist() for found in self._squares] or [[1.0, 0.0]]  # of whatever size they are
+            # There are none where SGD diverges: that is said whatever is left.
+            squares = [found.values.tolist() for found in self._squares] or [[1.0, 0.0]]
             left, kept = map(sum, zip(*squares, strict=True))
             message, self._message, self._squares = self._message, "", []
             if left > MAX_RESIDUAL**2 * (left + kept):

@@ -105,7 +105,7 @@ class Unfinished:
     def __init__(self, scheduler: Any, ticket: Ticket, total: int) -> None:
         self._ticket, self._total = ticket, total
         self._overdue = 0  # scheduler steps since the schedule's end
-        self.saved_at = 0  # scheduler steps at the last state_dict()
+        self.saved_at = 0  # scheduler steps of the last state that was saved or loaded
         self.is_said = False
         weakref.finalize(scheduler, self._say)  # of a copy there is none
 
@@ -121,13 +121,12 @@ class Unfinished:
 
     def _say(self) -> None:
         ticket, steps = self._ticket, self._ticket.stage.steps
-        made = ticket.updates.ever and steps
-        is_begun = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters and made
+        is_transforming = ticket.stage.phase is Phase.TRANSFORM and ticket.parameters
         # Where an exception ended the training, the user knows: one that is handled now, or has reached the top. Of one
         # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
         is_known = sys.exc_info()[1] or getattr(sys, "last_value", None)
-        is_saved = self.saved_at == steps < self._total  # it goes on later
-        if not is_begun or is_known or is_saved or self.is_said:
+        is_saved = self.saved_at == steps < self._total  # it goes on later, or was not begun
+        if not is_transforming or is_known or is_saved or self.is_said:
             return
         self.is_said = True
         advice = (
