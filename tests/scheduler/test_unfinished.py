@@ -184,6 +184,7 @@ def train():
         ("kept = train(); kept[1].remove()", 0),
         ("import sys; kept = train(); kept[1].state_dict(); sys.exit()", 0),
         ("import sys\ndef main(): kept = train(); 1 / 0\ntry: main()\nexcept Exception as error: sys.exit(1)", 1),
+        ("import os; kept = train(); child = os.fork(); child and os.waitpid(child, 0)", 1),
         ("kept = train(); 1 / 0", 0),
         ("kept = train(); raise KeyboardInterrupt", 0),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 import weakref
@@ -107,6 +108,7 @@ class Unfinished:
         self._overdue = 0  # scheduler steps since the schedule's end
         self.saved_at = 0  # scheduler steps of the last state that was saved or loaded
         self.is_said = False
+        self._process = os.getpid()
         weakref.finalize(scheduler, self._say)  # of a copy there is none
 
     def look(self) -> None:
@@ -126,7 +128,8 @@ class Unfinished:
         # that was caught before, Python knows nothing any more, and whatever goes on has a dense model.
         is_known = sys.exc_info()[1] or getattr(sys, "last_value", None)
         is_saved = self.saved_at == steps < self._total  # it goes on later, or was not begun
-        if not is_transforming or is_known or is_saved or self.is_said:
+        is_forked = self._process != os.getpid()  # the training goes on in the process that this one comes from
+        if not is_transforming or is_known or is_saved or is_forked or self.is_said:
             return
         self.is_said = True
         advice = (
