@@ -6,8 +6,8 @@ import copyreg
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +18,8 @@ from .stage import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from torch import Tensor, nn
 
     from .ticket import Ticket
 
@@ -45,9 +47,10 @@ class LayerHook(prune.BasePruningMethod):
         """Before a forward; and before a state_dict(), which alone gives ``keep_vars``."""
         if is_compiling():  # first: compiled code would be made anew where what follows changes
             return
-        ticket, managed = self.ticket, self.managed
-        if ticket.stage.phase is not _FINETUNE or ticket.is_released:
+        ticket = self.ticket
+        if ticket.stage.phase is not _FINETUNE:
             return
+        managed = self.managed
         if keep_vars is not None:
             if managed.tensor() is not None:
                 ticket.at_forward(managed, trusts_stamp=False)
@@ -55,7 +58,7 @@ class LayerHook(prune.BasePruningMethod):
         training, known = module.training, self._was_training
         if training is known and not ticket.manual:  # the common case, passed most often
             parameter = module._parameters.get(self._occurrence.tensor_name)
-            if type(parameter) is nn.Parameter:
+            if type(parameter) is Parameter:
                 try:
                     if managed.stamp == (parameter._cdata, parameter.data_ptr(), parameter._version):
                         return

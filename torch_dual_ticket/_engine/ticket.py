@@ -259,7 +259,7 @@ class Ticket:
         What is written through ``.data`` changes no stamp: it is not trusted before a state_dict(), nor at the first
         forward in another mode, as averages and merged adapters are for evaluation.
         """
-        parameter = managed.tensor()
+        parameter = None if self.is_released else managed.tensor()
         if parameter is None and managed.is_in_place():
             managed.check_present()
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
