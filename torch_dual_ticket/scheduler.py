@@ -17,7 +17,7 @@ from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
 from ._rst import validation
 from ._rst.advice import Advice
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
-from ._rst.loop_warnings import MissingPenalty, MissingStep, Unfinished, warn_of_lost_layers
+from ._rst.loop_warnings import DenseState, MissingPenalty, MissingStep, Unfinished, warn_of_lost_layers
 from ._rst.managed import ManagedMasks
 from ._rst.ranks import agree_on_masks, agree_on_seed, check_not_joined, world_size
 from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, warn_of_residual, warn_of_unpenalized
@@ -165,6 +165,7 @@ class RSTScheduler(ManagedMasks):
             stores_masks=store_masks,
             before_first=self._sparse_start.count,
             after_each=MissingStep(self._timeline.total).look,
+            before_restoring=DenseState().look,
         )
         manage(self._ticket, found)
         self._unfinished = Unfinished(self, self._ticket, self._timeline.total)

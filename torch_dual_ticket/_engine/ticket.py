@@ -50,6 +50,7 @@ class Ticket:
         stores_masks: bool = True,
         before_first: Callable[[Ticket], None] | None = None,
         after_each: Callable[[Ticket, int], None] | None = None,
+        before_restoring: Callable[[Ticket, ManagedParameter, Tensor], None] | None = None,
     ) -> None:
         self.stage = Stage(Phase.IDLE, masks)
         self.parameters: tuple[ManagedParameter, ...] = ()
@@ -66,6 +67,9 @@ class Ticket:
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
         self._before_first = before_first  # called once, before the first update
         self._after_each = after_each  # called with the number of updates of that optimizer in this scheduler step
+        self._before_restoring = (
+            before_restoring  # where the zeros of a parameter were changed, and not by an optimizer
+        )
         self._gradient_hook = gradient_hook(self._on_gradients)
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -279,6 +283,8 @@ class Ticket:
         managed.check_kind(parameter)
         is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
         if is_known or not in_functional_call(sys._getframe(1)):
+            if self._before_restoring is not None and not is_clean:
+                self._before_restoring(self, managed, parameter)
             self.zero(Batch([(managed, parameter)]))
             if not is_clean:  # else the gradients have been taken care of, as far as can be told
                 self._managed = Batch([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
 _OVERDUE = 100  # scheduler steps at least, and as many as the schedule has
+_DENSE = 0.1  # of a layer's norm: without that much it computes something else
 _LOOKS = (1, 5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
@@ -161,6 +163,29 @@ class MissingStep:
             f" {ticket.stage.penalty:.3g}, and the schedule does not end, until it is. Call it after each"
             " optimizer.step(), or after each epoch if steps and hold count epochs.",
             stacklevel=3,
+        )
+
+
+class DenseState:
+    """Warns, once, where a finalized model is about to be evaluated or saved with weights of before finalize()."""
+
+    def __init__(self) -> None:
+        self._is_said = False
+
+    def look(self, ticket: Ticket, managed: ManagedParameter, parameter: Tensor) -> None:
+        """Call it where something else than an optimizer has changed a parameter, before its zeros are put back."""
+        layer = managed.layer()
+        if self._is_said or layer is None or layer.training:  # who trains on from other weights means it
+            return
+        masked, whole = managed.squared_norms(ticket.mask(managed), parameter, holds=True).tolist()
+        if not masked > _DENSE**2 * whole:
+            return
+        self._is_said, share = True, math.sqrt(masked / whole)
+        warnings.warn(
+            f"{managed.name} was given weights with {share:.0%} of their norm where it is masked. There they are set to"
+            " zero, and the others were not finetuned for that. Of checkpoints, choose among those of after finalize();"
+            " an average that was begun before it is masked with rst.apply_masks(average).",
+            stacklevel=2,
         )
 
 
