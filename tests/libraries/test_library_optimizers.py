@@ -122,6 +122,7 @@ def test_lookahead_of_torch_optimizer():
     assert_holds_zeros(model, rst)
 
 
+@pytest.mark.filterwarnings("ignore:.*was given weights with")  # rightly, where the average had no penalty
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"])
 def test_schedulefree_evaluates_and_saves_zeros(name):
     """``optimizer.eval()`` moves the weights towards a state that has no zeros."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
 _OVERDUE = 100  # scheduler steps at least, and as many as the schedule has
-_DENSE = 0.1  # of a layer's norm: without that much it computes something else
+_DENSE = 0.2  # of a layer's norm: without that much it computes something else
 _LOOKS = (1, 5, 20, 100)  # steps before the first penalty at which a few weights are read
 
 
