@@ -313,7 +313,7 @@ def test_a_loss_that_is_a_mean_is_no_obstacle(make_optimizer):
         (lambda o: RATES.LambdaLR(o, lambda update: min(1.0, (update + 1) / 120)), True),
         (lambda o: _by_hand(o, 120), False),
     ],
-    ids=["OneCycle", "LambdaLR", "by hand"],
+    ids=["OneCycle", "LambdaLR", "manual"],
 )
 def test_a_warm_up_that_lasts_longer_than_the_transformation_is_named_by_its_lever(schedule, is_foreseen, max_penalty):
     """No weight gets there, whatever the penalty. It is foreseen where the optimizer's groups say how far lr rises."""
@@ -362,7 +362,7 @@ def test_the_threshold_is_that_of_finalize(steps, warns):
         lambda o: RATES.LambdaLR(o, lambda update: min(1.0, (update + 1) / 30)),
         _by_hand,
     ],
-    ids=["constant", "cosine", "restarts", "OneCycle", "warm-up", "by hand"],
+    ids=["constant", "cosine", "restarts", "OneCycle", "warm-up", "manual"],
 )
 @pytest.mark.parametrize(
     "make_optimizer",
