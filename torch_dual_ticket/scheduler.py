@@ -398,7 +398,8 @@ def release(model: nn.Module) -> None:
     finalized model. Where there is a name, its ``remove()`` does the same. A model that nothing manages is left alone.
 
     Args:
-        model: the whole model, or a part of it; a parameter that is also used elsewhere is released there too.
+        model: the whole model, or a part of it: a scheduler that has weights there leaves all of its layers, in other
+            parts too. To detach one layer alone, call ``torch.nn.utils.prune.remove(layer, "weight")``.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -299,6 +299,11 @@ def test_scores_that_fail_leave_the_step_undone():
     optimizer.step()
     with pytest.raises(ValueError, match=r"scores must have a tensor of shape \(16, 20\) for 2\.weight, got nothing"):
         pruning.step()
+    for nothing in (None, torch.ones(3)):  # a function without its return, for one: not the magnitudes in silence
+        scores[0] = nothing
+        message = f"must return a mapping from parameter names to tensors, but returned {type(nothing).__name__}"
+        with pytest.raises(TypeError, match=message):
+            pruning.step()
     assert (pruning.progress, pruning.sparsity) == (2 / 5, 0)
     scores[0] = {name: weight.abs() for name, weight in targets_of(model).items()}
     pruning.step()

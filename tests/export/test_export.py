@@ -22,7 +22,8 @@ from models import INPUT_SHAPES, cnn, finalize_quietly, loss_of, make, mlp, tran
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket import RSTScheduler, release
+from torch_dual_ticket.baselines import hold
 from torch_dual_ticket.export import checksum, load_ticket, read_ticket, save_ticket
 from torch_dual_ticket.masks.seeded import SeededMask
 
@@ -583,6 +584,28 @@ def test_a_loading_that_fails_midway_is_undone(path):
     with pytest.raises(ValueError, match=r"the model is as it was"):
         load_ticket(path, other)
     assert_same_bits(other, before)
+
+
+def test_other_masks_in_force_are_refused_before_they_cut_what_is_loaded(path):
+    model, other = make(mlp), make(mlp)
+    rst = finalized(model, 0.5)
+    save_ticket(rst, path)
+    other_ticket = RSTScheduler(other, 0.5, steps=1, seed=8)
+    load_ticket(path, other)  # not in force yet
+    assert_same_bits(other, model)
+    masks = dict(other_ticket.masks)
+    release(other)
+    hold(other, masks)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"weights of 0\.weight to zero which the file keeps.*release\(model\) first"):
+        load_ticket(path, other)
+    assert_same_bits(other, before)
+    release(other)
+    load_ticket(path, other)
+    assert_same_bits(other, model)
+    hold(other, {"0.weight": rst.masks["0.weight"]})  # it keeps all that the file does
+    load_ticket(path, other)
+    assert_same_bits(other, model)
 
 
 # ---------------------------------------------------------------------- files of another architecture

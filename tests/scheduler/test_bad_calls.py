@@ -51,8 +51,8 @@ def without_gradients():
     return model, rst
 
 
-def removed():
-    model, rst = underway()
+def removed(life=underway):
+    model, rst = life()
     rst.remove()
     return model, rst
 
@@ -103,6 +103,12 @@ CALLS = {
         "head.parametrizations.weight.original1 is parametrized.* plain layout",
     ),
     "to_prune-early": (underway, lambda rst: rst.to_prune(), RuntimeError, r"call finalize\(\) first"),
+    "to_prune-removed": (
+        lambda: removed(finalized),
+        lambda rst: rst.to_prune(),
+        RuntimeError,
+        r"no layer is managed any more: call it before.*hold\(model\)\.to_prune\(\)",
+    ),
     "to_prune-tied": (lambda: finalized(tied), lambda rst: rst.to_prune(), ValueError, "first.weight is tied"),
     "apply_penalty-early": (
         without_gradients,

@@ -316,7 +316,7 @@ CONSTRUCTIONS = {
         managed,
         {},
         ValueError,
-        r"body.0.weight is managed by another RSTScheduler. Call remove\(\) on that one first",
+        r"body.0.weight is managed by another RSTScheduler, or held masks. Call remove\(\) on them first",
     ),
 }
 

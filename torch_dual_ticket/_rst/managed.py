@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from .._model.masked import check_given, find_masked
 from .._model.names import unwrapped_parameters
@@ -84,11 +85,16 @@ class ManagedMasks(TableInNotebooks):
         ``weight_orig``, ``weight_mask`` and torch's own hook take over from this library, in the same order.
 
         Raises:
-            RuntimeError: masked weights are not held at zero yet: before ``finalize()``.
+            RuntimeError: masked weights are not held at zero: before ``finalize()``, or after ``remove()``.
             ValueError: what this layout cannot carry: DTensor, tied, parametrized, not called (attention's out_proj).
         """
         if not self._ticket.holds:
             raise RuntimeError("to_prune() needs the final masks: call finalize() first")
+        if not (self._ticket.parameters or prune.is_pruned(self._model)):  # a second call changes nothing
+            raise RuntimeError(
+                "to_prune() came after remove(), and no layer is managed any more: call it before. For the zeros that"
+                " there are, torch_dual_ticket.baselines.hold(model).to_prune() does it."
+            )
         self._ticket.reshard()
         to_stock_layout(self._ticket)
 

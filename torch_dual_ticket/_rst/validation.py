@@ -77,9 +77,9 @@ def check_unmanaged(targets: list[Target]) -> None:
     for target in targets:
         if id(target.parameter) in managed:
             raise ValueError(
-                f"{target.name} is managed by another RSTScheduler. Call remove() on that one first, or where no name"
-                " reaches it, as for a copied model, torch_dual_ticket.release(model); or leave the layer out with"
-                f" exclude=[{target.layer_name!r}]."
+                f"{target.name} is managed by another RSTScheduler, or held masks. Call remove() on them first, or"
+                " where no name reaches them, as for a copied model, torch_dual_ticket.release(model); or leave the"
+                f" layer out with exclude=[{target.layer_name!r}], or where masks are given, without one."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..scheduler import RSTScheduler
 from .magnitude import ALL_LAYERS, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -127,7 +128,12 @@ class GradualPruning(RSTScheduler):
 
     def _grown(self, interval: int) -> Mapping[str, Mask]:
         share = 1 - (1 - interval / self._intervals) ** 3
-        scores = self._scores(self._model) if callable(self._scores) else self._scores
+        scores = self._scores
+        if callable(scores) and not isinstance(scores := scores(self._model), Mapping):
+            raise TypeError(
+                "scores(model) must return a mapping from parameter names to tensors, but returned"
+                f" {type(scores).__name__}"
+            )
         check_reachable(self._ticket, stacklevel=5, inside=modules_of(self._ticket))  # a head may have been replaced
         managed = self._masks()
         found = [target for target in self._targets if target.name in managed]

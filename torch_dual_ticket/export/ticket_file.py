@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._engine.layer_hook import layer_hooks
 from .._model.names import unwrapped_modules, unwrapped_name
 from .._rst.managed import ManagedMasks
 from .._tensors.dtensor import is_sharded, local
@@ -92,7 +93,8 @@ def load_ticket(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
         TypeError: ``model`` is not a module.
-        ValueError: the file is not a ticket, is damaged, or is of another architecture: says what differs first.
+        ValueError: the file is not a ticket, is damaged, or is of another architecture: says what differs first. Or
+            masks that are in force on the model would cut what the file keeps.
 
     Example: in :mod:`torch_dual_ticket.export`.
     """
@@ -103,6 +105,7 @@ def load_ticket(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
     saved, scheduler_state = _read(path, {key: tuple(tensor.shape) for key, tensor in current.items()}, problem)
     _check_fits(saved, current, problem)
     inner = _unwrapped(model)
+    _check_masks_in_force(inner, saved, current, problem)
     with torch.no_grad():
         new = {
             key: sharded_like(saved[unwrapped_name(inner, key)], current[unwrapped_name(inner, key)])
@@ -214,6 +217,18 @@ def _check_fits(saved: dict[str, Tensor], current: dict[str, Tensor], what: str)
         if firsts[0] != firsts[1]:
             kinds = ["a separate tensor" if first == key else f"tied to {first}" for first in firsts]
             raise ValueError(f"{what}: {key} is {kinds[0]} in the file, {kinds[1]} here")
+
+
+def _check_masks_in_force(model: nn.Module, saved: dict[str, Tensor], current: dict[str, Tensor], what: str) -> None:
+    """They would cut at the next forward what has been loaded."""
+    names = {id(tensor): key for key, tensor in current.items()}
+    for hook in layer_hooks(model):
+        key = names.get(id(hook.managed.tensor())) if hook.ticket.holds else None
+        if key is not None and bool(saved[key][~hook.ticket.mask(hook.managed).draw()].any()):
+            raise ValueError(
+                f"{what}: masks are in force here that would set weights of {key} to zero which the file keeps. Call"
+                " torch_dual_ticket.release(model) first, and build the scheduler of the file's ticket."
+            )
 
 
 def _first_names(state: dict[str, Tensor]) -> dict[str, str]:
