@@ -163,3 +163,17 @@ def test_earlier_masks_may_be_of_zeros_and_ones():
     assert torch.equal(
         magnitude_masks(layer, 0.75, within={"weight": first["weight"].float()})["weight"], expected["weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("within", "error", "message"),
+    [
+        (3, TypeError, "a mapping from parameter names to masks, got int"),
+        ({"weigth": torch.ones(4, 8)}, ValueError, "'weigth' does not belong to a parameter"),
+        ({"weight": torch.ones(3)}, ValueError, r"the mask of weight has shape \(3,\), the parameter \(4, 8\)"),
+        ({"weight": torch.full((4, 8), 2.0)}, ValueError, "must hold 0 .pruned. and 1 .kept. only, got 2.0"),
+    ],
+)
+def test_earlier_masks_that_are_none_are_refused(within, error, message):
+    with pytest.raises(error, match=message):
+        magnitude_masks(nn.Linear(8, 4), 0.5, within=within)

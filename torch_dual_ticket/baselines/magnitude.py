@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._model.masked import find_masked
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._tensors.dtensor import reshard
 from .._tensors.sharding import whole
@@ -47,7 +48,7 @@ def magnitude_masks(
         pattern: as for :class:`torch_dual_ticket.RSTScheduler`. "n:m": of every m weights along the input dimension
             the n largest stay. "filter", "channel", "block:RxC": those go whose magnitudes, or scores, have the
             smallest sums (of filters as Li et al. do, arXiv 1608.08710).
-        within: earlier masks; what they remove is removed first, so that masks are nested.
+        within: earlier masks, as :func:`hold` takes them; what they remove is removed first, so that masks are nested.
         scores: parameter name -> finite tensor of the parameter's shape, compared in place of the magnitudes: what is
             smallest is removed. So SNIP, GraSP, wanda … are a line each. Names that are no targets do not matter.
         targets: module types whose ``weight`` is masked.
@@ -73,6 +74,8 @@ def magnitude_masks(
         tensor(4)
     """
     check_scores(scores)
+    if within:
+        within = {name: mask.draw() for name, mask in find_masked(model, within, frozen=True)[1].items()}
     found = find_targets(model, targets, exclude)
     counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]
     return remove_smallest(model, found, counts, within, pattern, scores)
