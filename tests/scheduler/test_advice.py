@@ -345,6 +345,28 @@ def test_it_is_said_how_far_max_penalty_and_lr_can_be_raised_with_sgd(early):
     assert "lr times max_penalty must stay below 2 with this SGD" in messages[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "max_penalty", "is_limited"),
+    [
+        ({"momentum": 0.9}, 1.0, True),
+        ({"momentum": 0.9}, 0.1, False),  # the ramp reaches full speed late: a higher one helps
+        ({"momentum": 0.9, "nesterov": True}, 1.0, False),
+        ({"momentum": 0.1}, 1.0, False),
+    ],
+)
+def test_momentum_that_shrinks_no_faster_is_named_and_time_helps(settings, max_penalty, is_limited):
+    def make_optimizer(parameters):
+        return SGD(parameters, lr=0.1, **settings)
+
+    messages, residual = trained(make_optimizer, updates=20, max_penalty=max_penalty)
+    said = "Transform for longer: an update leaves 0.949 of a weight, whatever the penalty" in messages[-1]
+    assert said == is_limited
+    _, of_more_time = trained(make_optimizer, updates=100, max_penalty=max_penalty)
+    _, of_more_penalty = trained(make_optimizer, updates=20, max_penalty=3 * max_penalty)
+    assert of_more_time < residual / 2
+    assert (of_more_penalty > residual) == is_limited
+
+
 @pytest.mark.parametrize(("steps", "warns"), [(30, True), (46, False)])
 def test_the_threshold_is_that_of_finalize(steps, warns):
     """exp(-0.2 · steps / 2) is 1 % after 46 steps, and half of that where the kept weights grow twofold."""
