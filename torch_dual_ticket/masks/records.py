@@ -45,7 +45,6 @@ def as_record(mask: Mask) -> dict[str, Any]:
         # Most masks have no input_dim, and their files can be read by releases that know of none.
         fields = {key: value for key, value in asdict(mask).items() if value is not None}
     else:
-        assert isinstance(mask, ExplicitMask)
         fields = {"shape": list(mask.shape), "bits": mask.bits}
     return fields | {"fingerprint": mask.fingerprint}
 
