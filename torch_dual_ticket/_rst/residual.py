@@ -80,7 +80,10 @@ class Report(TableInNotebooks):
     @classmethod
     def of(cls, layers: Sequence[LayerReport]) -> Report:
         """The report on these layers, with their total."""
-        return cls(tuple(layers), total_of(layers))
+        masked = math.hypot(*(layer.masked_norm for layer in layers))
+        norm = math.hypot(*(layer.norm for layer in layers))
+        pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
+        return cls(tuple(layers), LayerReport("total", pruned, size, masked / norm if norm else 0.0, norm))
 
     def as_rows(self) -> list[list[Any]]:
         """The fields of each layer, plain enough to be saved anywhere."""
@@ -116,13 +119,6 @@ class Measurement:
             for (name, pruned, size), (masked, total) in zip(self.counts, squares.values(), strict=True)
         ]
         return Report.of(layers)
-
-
-def total_of(layers: Sequence[LayerReport]) -> LayerReport:
-    """The report on several layers together."""
-    masked, norm = math.hypot(*(layer.masked_norm for layer in layers)), math.hypot(*(layer.norm for layer in layers))
-    pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
-    return LayerReport("total", pruned, size, masked / norm if norm else 0.0, norm)
 
 
 @torch.no_grad()

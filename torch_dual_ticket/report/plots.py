@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from .._rst.managed import ManagedMasks
     from .history import Record
-    from .summary import HasMasks
 
 _BLUE, _RED, _ORANGE, _GRAY = "tab:blue", "tab:red", "tab:orange", "0.6"
 _LONGEST_NAME = 60
@@ -85,7 +85,7 @@ def plot(history: History) -> Figure:
     return figure
 
 
-def plot_sparsity(model_or_rst: nn.Module | HasMasks) -> Figure:
+def plot_sparsity(model_or_rst: nn.Module | ManagedMasks) -> Figure:
     """The sparsity of each layer as a bar, with the number of weights that are kept.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._engine.layer_hook import layer_hooks
 from .._engine.parameter import is_converted
 from .._engine.stage import Phase
-from .._engine.ticket import Ticket
 from .._model.coverage import why_dense
 from .._model.layout import input_dim_of
 from .._model.names import unwrapped_modules
-from .._rst.residual import measure, total_of
+from .._rst.managed import ManagedMasks
+from .._rst.residual import Report, measure
 from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, percent, terminal_width
 from .._tensors.dtensor import local, reshard, sum_over_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from .._engine.parameter import ManagedParameter
     from .._rst.residual import LayerReport
     from ..masks.mask import Mask
-
-
-class HasMasks(Protocol):
-    """What manages a model: an ``RSTScheduler``, or what ``baselines.hold()`` returns."""
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ class Summary(TableInNotebooks):
         return _without(empty, rows, footer, notes)
 
 
-def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
+def summary(model_or_rst: nn.Module | ManagedMasks) -> Summary:
     """A table of the layers of a model: shape, pattern, sparsity, kept weights, residual, λ; print what it returns.
 
     Call it at any time; it reads every weight. Of a model that is managed, by an ``RSTScheduler``, by masks of
@@ -179,7 +171,11 @@ def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
         >>> print(f"{table.sparsity:.2%} of {table.size:,}")
         76.72% of 9,610
     """
-    model = _model_of(model_or_rst)
+    model = model_or_rst._model if isinstance(model_or_rst, ManagedMasks) else model_or_rst
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"summary() takes a torch.nn.Module, or the RSTScheduler or held masks on one; got {type(model).__name__}"
+        )
     reshard(model)
     modules = list(unwrapped_modules(model))
     managed = _managed(model)
@@ -201,53 +197,38 @@ def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
             else:
                 layer = _count_zeros(name, module, key, parameter)
                 layers.append(replace(layer, dense=reasons.get(id(parameter), "")))
-    return Summary(tuple(layers), tuple(others), total_of(reports).residual if reports else None)
-
-
-def _model_of(given: Any) -> nn.Module:
-    if isinstance(given, nn.Module):
-        return given
-    ticket = getattr(given, "_ticket", None)
-    if not isinstance(ticket, Ticket):
-        raise TypeError(
-            f"summary() takes a torch.nn.Module, or the RSTScheduler or held masks on one; got {type(given).__name__}"
-        )
-    model = ticket.model()
-    if model is None:
-        raise RuntimeError(f"the model of this {type(given).__name__} does not exist any more")
-    return model
+    return Summary(tuple(layers), tuple(others), Report.of(reports).total.residual if reports else None)
 
 
 def _managed(model: nn.Module) -> dict[int, tuple[LayerSummary, LayerReport]]:
     """The managed parameters of the model, by id."""
-    hooks = [hook for hook in layer_hooks(model) if hook.ticket.phase is not Phase.IDLE]
-    tickets = {id(hook.ticket): hook.ticket for hook in hooks}
-    for key, ticket in list(tickets.items()):
-        if any(is_converted(tensor) for _, tensor in ticket.managed()):  # it cannot be measured any more
-            del tickets[key]
-    reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
     found = {}
-    for hook in hooks:
-        if id(hook.ticket) not in tickets:
-            continue
-        ticket, mask = hook.ticket, hook.ticket.mask(hook.managed)
-        report = reports[id(ticket), hook.managed.name]
-        kept, pattern = report.size - report.pruned, getattr(mask, "pattern", "explicit")
-        penalty = None if ticket.holds else ticket.stage.penalty
-        tensor, dead = hook.managed.tensor(), _count_dead(mask, hook.managed)
-        layer = LayerSummary(hook.managed.name, mask.shape, report.size, kept, pattern, report.residual, penalty, dead)
-        found[id(tensor)] = layer, report
+    for ticket in dict.fromkeys(hook.ticket for hook in layer_hooks(model)):
+        if ticket.phase is Phase.IDLE or any(is_converted(tensor) for _, tensor in ticket.managed()):
+            continue  # it cannot be measured any more
+        reports = {report.name: report for report in measure(ticket).layers}
+        for managed, tensor in ticket.managed():
+            mask, report = ticket.mask(managed), reports[managed.name]
+            layer = LayerSummary(
+                managed.name,
+                mask.shape,
+                report.size,
+                kept=report.size - report.pruned,
+                pattern=getattr(mask, "pattern", "explicit"),
+                residual=report.residual,
+                penalty=None if ticket.holds else ticket.stage.penalty,
+                dead=_count_dead(mask, managed.layer(), tensor),
+            )
+            found[id(tensor)] = layer, report
     return found
 
 
-def _count_dead(mask: Mask, managed: ManagedParameter) -> int | None:
-    layer, tensor = managed.layer(), managed.tensor()
+def _count_dead(mask: Mask, layer: nn.Module | None, parameter: Tensor) -> int | None:
     inputs = None if layer is None else input_dim_of(layer)
     if inputs is None or len(mask.shape) < 2:
         return None
-    kept = mask.draw(device=None if tensor is None or tensor.is_meta else tensor.device)
-    outputs = kept.movedim(int(inputs == 0), 0).flatten(1)
-    return int((~outputs.any(1)).sum())
+    outputs = mask.draw(device=None if parameter.is_meta else parameter.device).movedim(int(inputs == 0), 0)
+    return int((~outputs.flatten(1).any(1)).sum())
 
 
 def _count_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> LayerSummary:
