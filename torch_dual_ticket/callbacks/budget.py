@@ -104,10 +104,12 @@ class TrainerTicket:
     scheduler: RSTScheduler | None = None
     _model: nn.Module | None = None  # that the scheduler is on
 
-    def __init__(self, finalize_at: float | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
+    ) -> None:
         super().__init__()
-        check_settings(finalize_at, settings)
-        self._finalize_at, self._settings = finalize_at, settings
+        self._finalize_at, self._settings = finalize_at, {"sparsity": sparsity, **settings}
+        check_settings(finalize_at, self._settings)
 
     def _start(self, model: nn.Module, updates: float) -> None:
         """Build the scheduler, if this is another model than before."""

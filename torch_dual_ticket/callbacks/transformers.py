@@ -17,8 +17,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -56,11 +54,7 @@ class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):
         >>> # Trainer(model, arguments, train_dataset=data, callbacks=[ticket]).train()
     """
 
-    def __init__(
-        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
-    ) -> None:
-        super().__init__(finalize_at, {"sparsity": sparsity, **settings})
-        self._last_penalty = 0.0  # of the last update
+    _last_penalty = 0.0  # of the last update
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **unused: Any
