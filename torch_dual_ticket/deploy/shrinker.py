@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .._model.targets import check_model
 from .channels import Member, fold, removable
 from .constants import call, check_equal, observe, tensors
 from .plain_copy import plain_copy
@@ -68,7 +67,6 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
         >>> torch.allclose(small(x), model.eval()(x), atol=1e-5)
         True
     """
-    check_model(model)
     if not tensors(example_inputs):
         raise TypeError(
             "example_inputs is a tensor, a tuple of arguments or a dict of keyword arguments, as the model takes them;"
