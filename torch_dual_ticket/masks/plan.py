@@ -91,7 +91,7 @@ def make_plan(
     for cycle in range(1, cycles + 1):
         levels = {name: sparsity_of_cycle(sparsities[name], cycle, cycles) for name in units}
         if distribution == "erk":
-            pruned.append(erk(shapes, max(levels.values()), None if pattern == "unstructured" else units))
+            pruned.append(erk(shapes, max(levels.values()), units))
         else:
             pruned.append(uniform(units, levels))
     if not any(pruned[-1].values()):
