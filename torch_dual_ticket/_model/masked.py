@@ -34,13 +34,8 @@ def find_masked(
 ) -> tuple[list[Target], dict[str, ExplicitMask]]:
     """The parameters that have these names, in the model's order, and their masks. Collective for sharded masks.
 
-    Args:
-        model: the module that has the parameters.
-        masks: parameter name in the unwrapped model -> mask of the parameter's shape: bool, or 0 and 1 of any dtype.
-        frozen: whether parameters may be frozen.
-
-    Raises:
-        TypeError, ValueError: what is not a mask, or does not belong to a parameter that can be pruned.
+    ``TypeError`` or ``ValueError`` for what is not a mask, or not of a parameter that can be pruned; one that is frozen
+    can be, if ``frozen`` says so.
     """
     check_model(model)
     check_given(masks)

@@ -67,15 +67,8 @@ def _checked(schedule: Callable[[float], float], progress: float) -> float:
 class Timeline:
     """λ at each scheduler step: in each cycle it rises for ``steps`` of them and stays at the ceiling for ``hold``.
 
-    Args:
-        steps: scheduler steps over which λ rises, at least 1.
-        hold: scheduler steps after that at the ceiling.
-        cycles: how often that happens.
-        max_penalty: the ceiling.
-        schedule: progress of the rise (0 … 1) -> fraction of the ceiling.
-
-    Raises:
-        TypeError, ValueError: a number of the wrong kind or out of range, or a schedule that fails at its start.
+    The ceiling is ``max_penalty``, and ``schedule`` a function from progress (0 … 1) to a fraction of it.
+    ``TypeError`` or ``ValueError`` for numbers of the wrong kind or out of range; a schedule may fail at its start.
 
     >>> timeline = Timeline(steps=4, hold=1, cycles=2, max_penalty=1.0, schedule=resolve("linear"))
     >>> [timeline.penalty(done) for done in range(timeline.total + 1)]
