@@ -119,7 +119,7 @@ class Summary(TableInNotebooks):
         managed = [layer for layer in masked if layer.residual is not None]
         rows = [_cells(layer) for layer in self.layers]
         if self.others:
-            rows.append(_row(layer=f"{len(self.others)} others", sparsity="dense", kept=f"{sum(self.others):,}"))
+            rows.append({"layer": f"{len(self.others)} others", "sparsity": "dense", "kept": f"{sum(self.others):,}"})
         footer = []
         if managed:
             kept, size = sum(layer.kept for layer in managed), sum(layer.size for layer in managed)
@@ -128,17 +128,17 @@ class Summary(TableInNotebooks):
         notes = [_MEANING[phase] for phase in self.phases or ("",)]
         if managed:
             notes.append(f"left dense: {self._left_dense()}")
-        empty = {column for column in _OPTIONAL if all(row[column] in ("", _NOTHING) for row in rows)}
-        if _DEAD not in empty:
+        empty = {column for column in _OPTIONAL if all(row.get(column, _NOTHING) == _NOTHING for row in rows)}
+        if "dead" not in empty:
             notes.append("dead: outputs whose inputs are all masked")
         table = _without(empty, rows, footer, notes)
         if table.width <= width:
             return table
-        for column in sorted({_PATTERN, _PENALTY} - empty):
+        for column in ("pattern", "λ"):
             values = {_cells(layer)[column] for layer in managed or masked}
-            if len(values) == 1:
+            if column not in empty and len(values) == 1:
                 empty.add(column)
-                notes.append(f"{_HEADER[column]} of every {'managed' if managed else 'masked'} layer: {values.pop()}")
+                notes.append(f"{column} of every {'managed' if managed else 'masked'} layer: {values.pop()}")
         return _without(empty, rows, footer, notes)
 
 
@@ -252,8 +252,8 @@ def _count_nonzero(tensor: Tensor) -> int:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-_HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "dead", "residual", "λ")
-_PATTERN, _DEAD, _RESIDUAL, _PENALTY = _OPTIONAL = tuple(map(_HEADER.index, ("pattern", "dead", "residual", "λ")))
+_COLUMNS = ("layer", "shape", "pattern", "sparsity", "kept", "dead", "residual", "λ")
+_OPTIONAL = ("pattern", "dead", "residual", "λ")
 _NOTHING = "–"
 _MEANING = {  # of the sparsity, by phase
     "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
@@ -262,33 +262,28 @@ _MEANING = {  # of the sparsity, by phase
 }
 
 
-def _cells(layer: LayerSummary) -> tuple[str, ...]:
-    return (
-        layer.name.removesuffix(".weight"),
-        "×".join(map(str, layer.shape)),
-        layer.pattern or _NOTHING,
-        "dense" if not layer.pattern and percent(layer.sparsity) == percent(0) else percent(layer.sparsity),
-        f"{layer.kept:,}",
-        f"{layer.dead:,}" if layer.dead else _NOTHING,
-        _NOTHING if layer.residual is None else f"{layer.residual:.4f}",
-        _NOTHING if layer.penalty is None else f"{layer.penalty:.3g}",
-    )
+def _cells(layer: LayerSummary) -> dict[str, str]:
+    """The row of a layer, by columns; where there is none, the cell is empty."""
+    return {
+        "layer": layer.name.removesuffix(".weight"),
+        "shape": "×".join(map(str, layer.shape)),
+        "pattern": layer.pattern or _NOTHING,
+        "sparsity": "dense" if not layer.pattern and percent(layer.sparsity) == percent(0) else percent(layer.sparsity),
+        "kept": f"{layer.kept:,}",
+        "dead": f"{layer.dead:,}" if layer.dead else _NOTHING,
+        "residual": _NOTHING if layer.residual is None else f"{layer.residual:.4f}",
+        "λ": _NOTHING if layer.penalty is None else f"{layer.penalty:.3g}",
+    }
 
 
-def _total(name: str, kept: int, size: int, residual: str) -> tuple[str, ...]:
+def _total(name: str, kept: int, size: int, residual: str) -> dict[str, str]:
     sparsity = percent(1 - kept / max(1, size))
-    return _row(layer=name, shape=f"{size:,}", sparsity=sparsity, kept=f"{kept:,}", residual=residual)
-
-
-def _row(**cells: str) -> tuple[str, ...]:
-    """By the names of the columns; the others are empty."""
-    return tuple(cells.get(column, "") for column in _HEADER)
+    return {"layer": name, "shape": f"{size:,}", "sparsity": sparsity, "kept": f"{kept:,}", "residual": residual}
 
 
 def _without(
-    columns: set[int], rows: Sequence[tuple[str, ...]], footer: Sequence[tuple[str, ...]], notes: Sequence[str]
+    columns: set[str], rows: Sequence[dict[str, str]], footer: Sequence[dict[str, str]], notes: Sequence[str]
 ) -> Table:
-    header, *lines = [
-        tuple(cell for column, cell in enumerate(row) if column not in columns) for row in (_HEADER, *rows, *footer)
-    ]
-    return Table(header, tuple(lines[: len(rows)]), tuple(lines[len(rows) :]), tuple(notes))
+    shown = tuple(column for column in _COLUMNS if column not in columns)
+    lines, totals = (tuple(tuple(row.get(column, "") for column in shown) for row in some) for some in (rows, footer))
+    return Table(shown, lines, totals, tuple(notes))
