@@ -6,12 +6,11 @@ import html
 import io
 import shutil
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     Cells = tuple[str, ...]
 
 _GAP = "  "

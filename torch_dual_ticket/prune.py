@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,6 @@ from ._model.targets import runs_forward
 from .masks.seeded import SeededMask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
-
     from ._engine.ticket import Ticket
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from .targets import (
     tensor_names,
 )
 from .weights import embedded
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def find_masked(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
+from torch import nn
 
 # Wrappers by class name, with the level that they add to every name. Importing some of the classes would take seconds.
 _WRAPPERS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,8 +24,6 @@ from .names import first_names, unwrapped_modules
 from .weights import embedded, largest, type_name, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     TargetType = type | tuple[type, str | Sequence[str]] | tuple[type, str | Sequence[str], int]
 
 DEFAULT_TARGETS: tuple[type, ...] = (

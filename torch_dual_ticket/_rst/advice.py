@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,6 @@ from .._tensors.async_scalar import AsyncScalar
 from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, sums
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from .._engine.batch import Batch
     from .._engine.ticket import Ticket
     from .schedule import Timeline

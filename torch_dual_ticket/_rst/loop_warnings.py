@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .._engine.optimizer_hooks import steps_elsewhere
 from .._engine.stage import Phase
 from .._tensors.dtensor import local, version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
     from .._engine.parameter import ManagedParameter
     from .._engine.ticket import Ticket
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ from .residual import Report, measure
 from .validation import check_directions, check_reachable, modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .._engine.ticket import Ticket
     from ..masks.mask import Mask
 

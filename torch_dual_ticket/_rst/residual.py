@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ from .._tensors.dtensor import local, placement, sum_over_shards
 from .._tensors.kernels import squared_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from .._engine.parameter import ManagedParameter
     from .._engine.ticket import Ticket
     from ..masks.mask import Mask

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+from typing import Any
 
 DEFAULT_STEPS = 10_000  # the paper's
 MAX_CYCLES = 1_000  # each has masks and a plan

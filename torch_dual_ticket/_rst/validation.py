@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from .._engine.layer_hook import managed_parameters
@@ -18,10 +20,6 @@ from .loop_warnings import warn_of_lost_layers
 from .residual import LayerReport, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import nn
-
     from .._engine.ticket import Ticket
     from .._model.targets import Target
     from ..masks.mask import Mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,8 +13,6 @@ from .dtensor import coordinates, is_sharded, local, local_offset
 from .kernels import INTEGER_OF_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from ..masks.mask import Mask
 
 PART = 1 << 20  # weights whose mask is computed at a time where masks are not stored

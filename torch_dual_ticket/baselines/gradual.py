@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._rst.schedule import check_integer
@@ -16,10 +18,6 @@ from ..scheduler import RSTScheduler
 from .magnitude import ALL_LAYERS, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor, nn
-
     from .._model.targets import TargetType
     from ..masks.mask import Mask
 

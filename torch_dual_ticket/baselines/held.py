@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from .._engine.layer_hook import manage
 from .._engine.ticket import Ticket
@@ -17,10 +20,6 @@ from ..masks.plan import make_plan
 from ..masks.records import as_state, of_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor, nn
-
     from .._model.targets import Target, TargetType
     from ..masks.mask import Mask
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from .._model.targets import DEFAULT_TARGETS, find_targets
 from .._rst.cut_warnings import warn_of_emptied
@@ -15,10 +18,6 @@ from .held import HeldMasks
 from .magnitude import ALL_LAYERS, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor, nn
-
     from .._model.targets import Target, TargetType
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +17,6 @@ from ..masks.patterns import parse_pattern, pruned_units, tile
 from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .._model.targets import Target, TargetType
 
 ALL_LAYERS = ""  # the key of all layers together, where they have one threshold

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .._model.exclusions import check_exclusions
 from .._model.masked import check_given
 from .._model.targets import check_types
@@ -18,8 +20,6 @@ from ..masks.patterns import parse_pattern
 from ..scheduler import RSTScheduler
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .._rst.residual import Report
 
 _DEFAULT_FRACTION = 0.5

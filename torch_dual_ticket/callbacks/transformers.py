@@ -7,6 +7,8 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .._rst.residual import MAX_RESIDUAL
 from .budget import TrainerTicket
 
@@ -17,7 +19,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 

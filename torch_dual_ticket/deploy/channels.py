@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .constants import Constants
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     # For each layer the value of each of its input channels, as float64 on the CPU: NaN where it is not constant.
     Constants = dict[nn.Module, Tensor]
 

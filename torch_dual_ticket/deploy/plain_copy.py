@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -12,9 +12,6 @@ from torch.nn.utils import prune
 from .._model.names import unwrapped_modules
 from .._model.targets import check_model, runs_forward
 from .._tensors.dtensor import is_sharded
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

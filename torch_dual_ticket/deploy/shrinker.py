@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +15,6 @@ from torch.nn.modules.conv import _ConvNd
 from .channels import Member, fold, removable
 from .constants import call, check_equal, observe, tensors
 from .plain_copy import plain_copy
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Operations of Torch-Pruning that lose the channels which the layers around them lose.
 _CHANNEL_BY_CHANNEL = {"BN", "PRELU", "DEPTHWISE_CONV", "ELEMENTWISE", "CONCAT", "SPLIT", "SLICE", "RESHAPE"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,6 @@ from .._tensors.sharding import whole
 from ..masks.records import as_record, of_record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ..masks.mask import Mask
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,6 @@ from ..masks.records import as_state
 from ..scheduler import RSTScheduler
 from . import checksum
 from .encoding import decode, describe, encode, masks_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _VERSION = 1
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .._engine.ticket import Ticket
 from .._model.names import unwrapped_parameters
 from .values import KeptValues, check_whole, values_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch.optim import Optimizer
 
 
 class KeptParameters:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .._engine.batch import Batch
 from .._engine.enforcement import Enforcement
@@ -19,10 +21,6 @@ from .index import clear_masked_, kept_index
 from .weight import KeptWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch.optim import Optimizer
-
     from .._engine.parameter import ManagedParameter
     from ..masks.mask import Mask
 

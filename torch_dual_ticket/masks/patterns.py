@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 ALLOWED = '"unstructured", "n:m" such as "2:4" (1 <= n < m), "block:RxC" such as "block:4x4", "filter" or "channel"'
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from .distributions import by_name, check_distribution, erk, uniform, validate_sparsity
 from .patterns import count_units, implied_sparsity, parse_pattern
 from .seeded import SeededMask
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 DEFAULT_SPARSITY = 0.9
 

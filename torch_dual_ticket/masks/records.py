@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,6 @@ from .explicit import ExplicitMask
 from .seeded import SeededMask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from .mask import Mask
 
 VERSION = 1

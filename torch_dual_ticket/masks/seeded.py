@@ -11,19 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from operator import index
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .patterns import count_units, parse_pattern, tile
 from .permutation import KeyedPermutation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 ALGORITHM = 1
 """Part of every key and fingerprint; it changes when the same fields would give another mask."""

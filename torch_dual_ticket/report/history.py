@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,8 +13,6 @@ from .._rst.schedule import check_integer
 from ..scheduler import RSTScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from .._rst.residual import Measurement
 
 _VERSION = 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .._rst.residual import MAX_RESIDUAL
 from .._tables import shortened
@@ -10,11 +13,8 @@ from .history import History
 from .summary import summary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import nn
 
     from .._rst.managed import ManagedMasks
     from .history import Record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, perc
 from .._tensors.dtensor import local, reshard, sum_over_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .._rst.residual import LayerReport
     from ..masks.mask import Mask
 
