@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .distributions import by_name, check_distribution, erk, uniform, validate_sparsity
-from .patterns import count_units, implied_sparsity, parse_pattern
+from .patterns import count_units, parse_pattern
 from .seeded import SeededMask
 
 DEFAULT_SPARSITY = 0.9
@@ -64,7 +64,7 @@ def make_plan(
         TypeError, ValueError: a sparsity that is not a fraction, contradicts the pattern, or prunes nothing; a pattern
             that does not fit a layer; a name pattern that matches no module.
     """
-    implied = implied_sparsity(pattern)
+    implied = parse_pattern(pattern).sparsity
     check_distribution(distribution)
     if sparsity is None:
         sparsity = DEFAULT_SPARSITY if implied is None else implied
