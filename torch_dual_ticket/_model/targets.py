@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +23,7 @@ from .layout import input_dim_of, is_conv1d_of_transformers
 from .names import first_names, unwrapped_modules
 from .weights import embedded, largest, type_name, weights_of
 
-if TYPE_CHECKING:
-    TargetType = type | tuple[type, str | Sequence[str]] | tuple[type, str | Sequence[str], int]
+TargetType = type | tuple[type, str | Sequence[str]] | tuple[type, str | Sequence[str], int]
 
 DEFAULT_TARGETS: tuple[type, ...] = (
     nn.Linear,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._model.targets import DEFAULT_TARGETS, TargetType, find_targets
 from .._rst.schedule import check_integer
 from .._rst.validation import check_reachable, check_state, modules_of
 from ..masks.records import as_state, of_state
@@ -18,7 +18,6 @@ from ..scheduler import RSTScheduler
 from .magnitude import ALL_LAYERS, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
 
 if TYPE_CHECKING:
-    from .._model.targets import TargetType
     from ..masks.mask import Mask
 
     Scores = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]]

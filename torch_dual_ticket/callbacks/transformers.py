@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +15,8 @@ from .budget import TrainerTicket
 if find_spec("transformers") is None:
     raise ImportError("torch_dual_ticket.callbacks.transformers needs Transformers: pip install 'transformers[torch]'")
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .._rst.residual import MAX_RESIDUAL
 from .._tables import shortened
-from .history import History
+from .history import History, Record
 from .summary import summary
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .._rst.managed import ManagedMasks
-    from .history import Record
 
 _BLUE, _RED, _ORANGE, _GRAY = "tab:blue", "tab:red", "tab:orange", "0.6"
 _LONGEST_NAME = 60

@@ -18,12 +18,11 @@ from .._model.coverage import why_dense
 from .._model.layout import input_dim_of
 from .._model.names import unwrapped_modules
 from .._rst.managed import ManagedMasks
-from .._rst.residual import Report, measure
+from .._rst.residual import LayerReport, Report, measure
 from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, percent, terminal_width
 from .._tensors.dtensor import local, reshard, sum_over_shards
 
 if TYPE_CHECKING:
-    from .._rst.residual import LayerReport
     from ..masks.mask import Mask
 
 
