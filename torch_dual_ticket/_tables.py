@@ -8,10 +8,9 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    Cells = tuple[str, ...]
+Cells = tuple[str, ...]
 
 _GAP = "  "
 _PAGE = 1000  # a page scrolls: wide enough for all columns

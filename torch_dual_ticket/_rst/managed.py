@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from .._engine.ticket import Ticket
 from .._model.masked import check_given, find_masked
 from .._model.names import unwrapped_parameters
 from .._tables import Table, TableInNotebooks
 from .._tensors.dtensor import local, reshard
 from .._tensors.kernels import clear_
 from .._tensors.mask_cache import MaskCache
+from ..masks.mask import Mask
 from ..prune import to_stock_layout
 from .cut_warnings import warn_of_emptied
 from .ranks import agree_on_masks
 from .residual import Report, measure
 from .validation import check_directions, check_reachable, modules_of
-
-if TYPE_CHECKING:
-    from .._engine.ticket import Ticket
-    from ..masks.mask import Mask
 
 
 class ManagedMasks(TableInNotebooks):

@@ -6,22 +6,20 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from .._engine.optimizer_hooks import held_by
+from .._engine.parameter import ManagedParameter
+from .._engine.ticket import Ticket
 from .._tables import Table, TableInNotebooks, as_text, percent, terminal_width
 from .._tensors.dtensor import local, placement, sum_over_shards
 from .._tensors.kernels import squared_norms
-
-if TYPE_CHECKING:
-    from .._engine.parameter import ManagedParameter
-    from .._engine.ticket import Ticket
-    from ..masks.mask import Mask
-    from .schedule import Timeline
+from ..masks.mask import Mask
+from .schedule import Timeline
 
 MAX_RESIDUAL = 0.01  # above which finalize() warns
 ADAM_AT_FULL_SPEED = "Adam moves a weight by about lr in an update, whatever the penalty: raise steps, hold or lr"

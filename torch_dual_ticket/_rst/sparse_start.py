@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from .._engine.ticket import Ticket
 from .._tables import percent
 from .._tensors.async_scalar import AsyncScalar
 from .._tensors.dtensor import local
 from .managed import sparsity_of
-
-if TYPE_CHECKING:
-    from .._engine.ticket import Ticket
 
 _SHARE = 0.5  # of the sparsity asked for: dense weights have next to no zeros, quantized ones a fifth at most
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,11 +16,9 @@ from .._rst.managed import ManagedMasks
 from .._rst.ranks import agree_on_masks, agree_on_seed
 from .._rst.schedule import check_integer
 from .._rst.validation import check_directions, check_unmanaged, generator_unchanged_on_error
+from ..masks.mask import Mask
 from ..masks.plan import make_plan
 from ..masks.records import as_state, of_state
-
-if TYPE_CHECKING:
-    from ..masks.mask import Mask
 
 
 class HeldMasks(ManagedMasks):

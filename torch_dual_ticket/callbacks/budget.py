@@ -6,21 +6,19 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from .._model.exclusions import check_exclusions
 from .._model.masked import check_given
 from .._model.targets import check_types
+from .._rst.residual import Report
 from .._rst.schedule import check_integer, make_timeline
 from .._rst.validation import check_optimizer
 from ..masks.distributions import check_distribution, validate_sparsity
 from ..masks.patterns import parse_pattern
 from ..scheduler import RSTScheduler
-
-if TYPE_CHECKING:
-    from .._rst.residual import Report
 
 _DEFAULT_FRACTION = 0.5
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._tensors.kernels import bits
 from .._tensors.sharding import whole
+from ..masks.mask import Mask
 from ..masks.records import as_record, of_record
-
-if TYPE_CHECKING:
-    from ..masks.mask import Mask
 
 
 def encode(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .explicit import ExplicitMask
+from .mask import Mask
 from .seeded import SeededMask
-
-if TYPE_CHECKING:
-    from .mask import Mask
 
 VERSION = 1
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._rst.managed import ManagedMasks
 from .._rst.residual import MAX_RESIDUAL
 from .._tables import shortened
 from .history import History, Record
@@ -15,8 +16,6 @@ from .summary import summary
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .._rst.managed import ManagedMasks
 
 _BLUE, _RED, _ORANGE, _GRAY = "tab:blue", "tab:red", "tab:orange", "0.6"
 _LONGEST_NAME = 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from .._rst.managed import ManagedMasks
 from .._rst.residual import LayerReport, Report, measure
 from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, percent, terminal_width
 from .._tensors.dtensor import local, reshard, sum_over_shards
-
-if TYPE_CHECKING:
-    from ..masks.mask import Mask
+from ..masks.mask import Mask
 
 
 @dataclass(frozen=True)
