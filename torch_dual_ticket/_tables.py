@@ -6,13 +6,11 @@ import html
 import io
 import shutil
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    Cells = tuple[str, ...]
+Cells = tuple[str, ...]
 
 _GAP = "  "
 _PAGE = 1000  # a page scrolls: wide enough for all columns

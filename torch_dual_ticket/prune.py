@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import numbers
 import warnings
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from ._engine.ticket import Ticket
 from ._model.targets import runs_forward
 from .masks.seeded import SeededMask
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
-
-    from ._engine.ticket import Ticket
-
 
 _Stock = prune.RandomUnstructured  # by the name in torch there may be the class below
 

@@ -51,7 +51,7 @@ def spec_of(shape, pattern="unstructured", transposed=False, sparsity=0.6, seed=
 
 def slow_mask(spec):
     """The mask from the order of its units, position by position."""
-    order = spec._permutation(torch.device("cpu")).ranks(0, spec.units).tolist()
+    order = spec._permutation(torch.device("cpu")).ranks(torch.arange(spec.units)).tolist()
     outputs, inputs = (1, 0) if spec.transposed else (0, 1)
     shape = spec.shape
     mask = torch.empty(shape, dtype=torch.bool)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+
+from torch import nn
 
 from .exclusions import is_excluded
 from .layout import is_conv1d_of_transformers
 from .names import unwrapped_modules
-from .targets import DEFAULT_TARGETS
+from .targets import DEFAULT_TARGETS, Target
 from .weights import embedded, largest, type_name, weights_of
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from torch import nn
-
-    from .targets import Target
 
 EXCLUDED, EMBEDDING, TIED, NO_TARGET = "excluded", "embedding", "tied to an embedding", "not a target type"
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
-from typing import TYPE_CHECKING
 
 from ..masks.distributions import require_matches
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
 
 
 def check_exclusions(exclude: Sequence[str], names: Iterable[str] | None = None) -> None:

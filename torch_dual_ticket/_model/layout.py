@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _OF_ANY_LAYOUT = ("module", "container", "lazy")  # modules of torch.nn.modules whose classes have no weights themselves
 

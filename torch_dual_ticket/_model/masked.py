@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,18 @@ from torch.nn.utils import parametrize
 from .._tensors.dtensor import reshard
 from .._tensors.sharding import whole
 from ..masks.explicit import ExplicitMask
-from .names import unwrapped_modules, unwrapped_parameters
+from .names import first_names, unwrapped_modules, unwrapped_parameters
 from .targets import (
     Target,
     all_tensor_names,
     check_model,
     check_parameter,
-    check_together,
+    check_targets,
     default_entries,
     resolve,
     tensor_names,
-    users_of,
 )
 from .weights import embedded
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def find_masked(
@@ -35,13 +31,8 @@ def find_masked(
 ) -> tuple[list[Target], dict[str, ExplicitMask]]:
     """The parameters that have these names, in the model's order, and their masks. Collective for sharded masks.
 
-    Args:
-        model: the module that has the parameters.
-        masks: parameter name in the unwrapped model -> mask of the parameter's shape: bool, or 0 and 1 of any dtype.
-        frozen: whether parameters may be frozen.
-
-    Raises:
-        TypeError, ValueError: what is not a mask, or does not belong to a parameter that can be pruned.
+    ``TypeError`` or ``ValueError`` for what is not a mask, or not of a parameter that can be pruned; one that is frozen
+    can be, if ``frozen`` says so.
     """
     check_model(model)
     check_given(masks)
@@ -51,7 +42,7 @@ def find_masked(
     modules = dict(unwrapped_modules(model))
     named = dict(unwrapped_parameters(model))
     wanted = {id(named[name]) for name in masks if name in named}
-    first_names = {id(parameter): name for name, parameter in reversed(named.items())}
+    names = first_names(model)
     found: dict[str, Target] = {}
     for layer_name, layer in modules.items():
         if isinstance(layer, parametrize.ParametrizationList):  # the layer above has its parameters
@@ -60,20 +51,13 @@ def find_masked(
             if wanted.isdisjoint(map(id, _behind(layer, tensor_name))):
                 continue
             occurrence = resolve(layer_name, layer, tensor_name)
-            name = first_names[id(occurrence.parameter)]
-            target = found.setdefault(name, Target(name))
-            known = [(other.owner, other.attribute) for other in target.occurrences]
-            if (occurrence.owner, occurrence.attribute) not in known:  # a shared module has several names
-                target.occurrences.append(occurrence)
+            name = names[id(occurrence.parameter)]
+            found.setdefault(name, Target(name)).add(occurrence, modules)
     for name in masks:
         if name not in found:
-            raise ValueError(_why_not(name, named, first_names, found))
+            raise ValueError(_why_not(name, named, names, found))
     targets = [found[name] for name in named if name in masks]
-    for target in targets:
-        check_parameter(target)
-    check_together(targets, None, frozen_too=frozen)
-    for target in targets:
-        target.users = [user for occurrence in target.occurrences for user in users_of(occurrence, modules)]
+    check_targets(targets, None, frozen_too=frozen)
     return targets, {target.name: ExplicitMask(_checked(target, masks[target.name])) for target in targets}
 
 
@@ -92,8 +76,7 @@ def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
     """
     check_model(model)
     reshard(model)
-    named = dict(unwrapped_parameters(model))
-    first_names = {id(parameter): name for name, parameter in reversed(named.items())}
+    names = first_names(model)
     modules = dict(unwrapped_modules(model))
     entries, seen = default_entries(modules.values()), embedded(modules.values())
     masks = {}
@@ -101,15 +84,17 @@ def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
         usual = tensor_names(layer, entries)
         for tensor_name in [] if isinstance(layer, parametrize.ParametrizationList) else all_tensor_names(layer):
             try:
-                parameter = resolve(layer_name, layer, tensor_name).parameter
-            except ValueError:
+                occurrence = resolve(layer_name, layer, tensor_name)
+                check_parameter(Target(tensor_name, [occurrence]))
+            except ValueError:  # hold() could not take it
                 continue
-            if id(parameter) in seen or parameter.is_meta or not _is_ordinary(parameter) or parameter.dim() < 2:
+            parameter = occurrence.parameter
+            if id(parameter) in seen or parameter.is_meta or parameter.dim() < 2:
                 continue
             seen.add(id(parameter))
             kept = whole(parameter.detach()) != 0
             if not bool(kept.all()) and (tensor_name in usual or bool(kept.any())):
-                masks[first_names[id(parameter)]] = kept
+                masks[names[id(parameter)]] = kept
     return masks
 
 
@@ -120,17 +105,8 @@ def _behind(layer: nn.Module, tensor_name: str) -> Iterator[Any]:
         yield from layer.parametrizations[tensor_name].parameters()  # type: ignore[union-attr, index]
 
 
-def _is_ordinary(parameter: Tensor) -> bool:
-    return (
-        not nn.parameter.is_lazy(parameter)
-        and (parameter.is_floating_point() or parameter.is_complex())
-        and not parameter.is_conj()
-        and parameter.layout is torch.strided
-    )
-
-
-def _why_not(name: str, named: Mapping[str, Any], first_names: Mapping[int, str], found: Mapping[str, Target]) -> str:
-    first = first_names.get(id(named.get(name)), name)
+def _why_not(name: str, named: Mapping[str, Any], names: Mapping[int, str], found: Mapping[str, Target]) -> str:
+    first = names.get(id(named.get(name)), name)
     if name not in named:
         why = f"the model has no such parameter, but {', '.join(list(named)[:8])}{', …' if len(named) > 8 else ''}"
     elif first in found:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
+from torch import nn
 
 # Wrappers by class name, with the level that they add to every name. Importing some of the classes would take seconds.
 _WRAPPERS = {
@@ -65,3 +62,11 @@ def unwrapped_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield (f"{prefix}.{name}" if prefix else name), parameter
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """By the id of each parameter its name in ``named_parameters()``: the first, where it is tied."""
+    names: dict[int, str] = {}
+    for name, parameter in unwrapped_parameters(model):
+        names.setdefault(id(parameter), name)
+    return names

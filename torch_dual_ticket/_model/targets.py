@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,13 +20,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .._tensors.dtensor import reshard
 from .exclusions import check_exclusions, exclusions_for, is_excluded
 from .layout import input_dim_of, is_conv1d_of_transformers
-from .names import unwrapped_modules, unwrapped_parameters
+from .names import first_names, unwrapped_modules
 from .weights import embedded, largest, type_name, weights_of
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    TargetType = type | tuple[type, str | Sequence[str]] | tuple[type, str | Sequence[str], int]
+TargetType = type | tuple[type, str | Sequence[str]] | tuple[type, str | Sequence[str], int]
 
 DEFAULT_TARGETS: tuple[type, ...] = (
     nn.Linear,
@@ -77,6 +74,12 @@ class Target:
     name: str
     occurrences: list[Occurrence] = field(default_factory=list)
     users: list[Occurrence] = field(default_factory=list)  # modules that use the parameter without calling its layer
+
+    def add(self, occurrence: Occurrence, modules: dict[str, nn.Module]) -> None:
+        """Only once in each module, which has several names where it is shared."""
+        if all((one.owner, one.attribute) != (occurrence.owner, occurrence.attribute) for one in self.occurrences):
+            self.occurrences.append(occurrence)
+            self.users += users_of(occurrence, modules)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -148,39 +151,30 @@ def find_targets(model: nn.Module, types: Sequence[TargetType], exclude: Sequenc
     for entry in entries:
         _check_matches(entry, included)
 
-    first_names: dict[int, str] = {}
-    for name, parameter in unwrapped_parameters(model):
-        first_names.setdefault(id(parameter), name)
+    names = first_names(model)
     found: dict[int, Target] = {}
     for layer_name, layer in included.items():
         for tensor_name, input_dim in tensor_names(layer, entries).items():
             occurrence = resolve(layer_name, layer, tensor_name)
             occurrence.given_input_dim = input_dim
             key = id(occurrence.parameter)
-            target = found.setdefault(key, Target(first_names[key]))
-            known = [(other.owner, other.attribute) for other in target.occurrences]
-            if (occurrence.owner, occurrence.attribute) not in known:  # a shared module has several names
-                target.occurrences.append(occurrence)
+            found.setdefault(key, Target(names[key])).add(occurrence, modules)
     excluded = {  # a parameter of an excluded layer may be tied to one of an included layer
         id(parameter) for name in modules.keys() - included.keys() for parameter in modules[name]._parameters.values()
     }
     if types == DEFAULT_TARGETS:
         excluded |= embedded(modules.values())
-    targets = [found[key] for key in first_names if key in found and key not in excluded]
+    targets = [found[key] for key in names if key in found and key not in excluded]
     if not targets:
-        names = ", ".join(t if isinstance(t, str) else getattr(t, "__name__", repr(t)) for t in types)
+        kinds = ", ".join(t if isinstance(t, str) else getattr(t, "__name__", repr(t)) for t in types)
         left = [one for one in weights_of(model) if one.layer_name in included and id(one.parameter) not in excluded]
         shares, advice = largest(left, sum(one.parameter.numel() for one in left))
         hint = f". Its largest weights are {shares}: targets=({', '.join(advice)},) would take them" if left else ""
         raise ValueError(
-            f"nothing to prune: {type(model).__name__} has no parameter that matches targets=({names}), is not excluded"
+            f"nothing to prune: {type(model).__name__} has no parameter that matches targets=({kinds}), is not excluded"
             f" by exclude={list(exclude)!r}, and is not shared with an embedding{hint}"
         )
-    for target in targets:
-        check_parameter(target)
-    check_together(targets, exclude)
-    for target in targets:
-        target.users = [user for occurrence in target.occurrences for user in users_of(occurrence, modules)]
+    check_targets(targets, exclude)
     return targets
 
 
@@ -318,11 +312,13 @@ def resolve(layer_name: str, layer: nn.Module, tensor_name: str) -> Occurrence:
     )
 
 
-def check_together(targets: list[Target], exclude: Sequence[str] | None, *, frozen_too: bool = False) -> None:
-    """What may be true of many targets at once is said of all of them, with patterns that leave them all out.
+def check_targets(targets: list[Target], exclude: Sequence[str] | None, *, frozen_too: bool = False) -> None:
+    """They can be pruned. What may be true of many at once is said of all, with patterns that leave them all out.
 
     ``exclude`` is None where the targets are those that masks name.
     """
+    for target in targets:
+        check_parameter(target)
     frozen = [target for target in targets if not target.parameter.requires_grad]
     if frozen and not frozen_too:
         it = "them" if frozen[1:] else "it"

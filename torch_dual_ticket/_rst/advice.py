@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.optim import SGD, Adam, AdamW
 
+from .._engine.batch import Batch
 from .._engine.optimizer_hooks import held_by
+from .._engine.ticket import Ticket
 from .._tensors.async_scalar import AsyncScalar
 from .residual import ADAM_AT_FULL_SPEED, MAX_RESIDUAL, highest_rate, sgd_limit, sums
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from .._engine.batch import Batch
-    from .._engine.ticket import Ticket
-    from .schedule import Timeline
+from .schedule import Timeline
 
 _DIVERGED = math.log(1e6)  # growth since the weights were smallest: the loss's gradients keep them from vanishing
 

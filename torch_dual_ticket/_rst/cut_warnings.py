@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+
+from torch import nn
 
 from .._model.layout import input_dim_of
+from .._model.targets import Target
 from .._model.weights import weights_of
+from ..masks.mask import Mask
 from ..masks.seeded import SeededMask
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from .._model.targets import Target
-    from ..masks.mask import Mask
 
 
 def warn_of_emptied(masks: Mapping[str, Mask], *, stacklevel: int = 3) -> None:

@@ -7,21 +7,17 @@ import os
 import sys
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._engine.optimizer_hooks import steps_elsewhere
+from .._engine.parameter import ManagedParameter
 from .._engine.stage import Phase
+from .._engine.ticket import Ticket
 from .._tensors.dtensor import local, version
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from .._engine.parameter import ManagedParameter
-    from .._engine.ticket import Ticket
 
 _IDLE_STEPS = 1_000  # more than anyone accumulates gradients over, and than GradScaler skips
 _OVERDUE = 100  # scheduler steps at least, and as many as the schedule has

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from .._engine.ticket import Ticket
 from .._model.masked import check_given, find_masked
 from .._model.names import unwrapped_parameters
 from .._tables import Table, TableInNotebooks
-from .._tensors.dtensor import local, local_offset, reshard
+from .._tensors.dtensor import local, reshard
 from .._tensors.kernels import clear_
+from .._tensors.mask_cache import MaskCache
+from ..masks.mask import Mask
 from ..prune import to_stock_layout
 from .cut_warnings import warn_of_emptied
 from .ranks import agree_on_masks
 from .residual import Report, measure
 from .validation import check_directions, check_reachable, modules_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from .._engine.ticket import Ticket
-    from ..masks.mask import Mask
 
 
 class ManagedMasks(TableInNotebooks):
@@ -77,7 +73,22 @@ class ManagedMasks(TableInNotebooks):
             TypeError: ``model`` is not a module.
             ValueError: a parameter's name or shape is not found in ``model``; nothing is changed then.
         """
-        _apply_masks(model, self._masks())
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
+        reshard(model)
+        parameters, masks = dict(unwrapped_parameters(model)), self._masks()
+        for name, mask in masks.items():
+            parameter = parameters.get(name)
+            if parameter is None or tuple(parameter.shape) != mask.shape:
+                what = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+                raise ValueError(
+                    f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what}"
+                    f" in the given {type(model).__name__}"
+                )
+        for name, mask in masks.items():
+            parameter = parameters[name]
+            pieces: Any = MaskCache(name, stored=False).pieces(mask, parameter, local(parameter).detach(), holds=True)
+            clear_(pieces)
 
     def to_prune(self) -> None:
         """Turn the finalized model into the layout of ``torch.nn.utils.prune``, for stock functions to stack on.
@@ -171,28 +182,3 @@ class MaskView(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"masks of {', '.join(self._masks)}"
-
-
-def _apply_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"apply_masks() needs a torch.nn.Module, got {type(model).__name__}")
-    reshard(model)
-    parameters = dict(unwrapped_parameters(model))
-    for name, mask in masks.items():
-        parameter = parameters.get(name)
-        if parameter is None or tuple(parameter.shape) != mask.shape:
-            what = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
-            raise ValueError(
-                f"apply_masks() needs a model of the same structure: {name} has shape {mask.shape} here, and {what} in"
-                f" the given {type(model).__name__}"
-            )
-    for name, mask in masks.items():
-        _zero_masked(parameters[name], mask)
-
-
-@torch.no_grad()
-def _zero_masked(parameter: Tensor, mask: Mask) -> None:
-    """Set the masked weights of one parameter to zero; of a DTensor those in this process's shard."""
-    weight = local(parameter)
-    kept = mask.draw(offset=local_offset(parameter), size=tuple(weight.shape), device=weight.device)
-    clear_([(weight, torch.empty_like(weight, dtype=torch.uint8).copy_(kept))])

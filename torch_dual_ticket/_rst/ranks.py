@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .._model.names import unwrapped_parameters
+from ..masks.mask import Mask
+from ..masks.plan import Plan
+from .schedule import Timeline
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
-    from ..masks.mask import Mask
-    from ..masks.plan import Plan
-    from .schedule import Timeline
-
-    Layers = dict[str, tuple[tuple[int, ...], str]]  # by parameter name: its shape, and what is pruned of it
+Layers = dict[str, tuple[tuple[int, ...], str]]  # by parameter name: its shape, and what is pruned of it
 
 
 def world_size() -> int:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from .._engine.optimizer_hooks import held_by
+from .._engine.parameter import ManagedParameter
+from .._engine.ticket import Ticket
 from .._tables import Table, TableInNotebooks, as_text, percent, terminal_width
 from .._tensors.dtensor import local, placement, sum_over_shards
 from .._tensors.kernels import squared_norms
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from .._engine.parameter import ManagedParameter
-    from .._engine.ticket import Ticket
-    from ..masks.mask import Mask
-    from .schedule import Timeline
+from ..masks.mask import Mask
+from .schedule import Timeline
 
 MAX_RESIDUAL = 0.01  # above which finalize() warns
 ADAM_AT_FULL_SPEED = "Adam moves a weight by about lr in an update, whatever the penalty: raise steps, hold or lr"
@@ -80,7 +77,10 @@ class Report(TableInNotebooks):
     @classmethod
     def of(cls, layers: Sequence[LayerReport]) -> Report:
         """The report on these layers, with their total."""
-        return cls(tuple(layers), total_of(layers))
+        masked = math.hypot(*(layer.masked_norm for layer in layers))
+        norm = math.hypot(*(layer.norm for layer in layers))
+        pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
+        return cls(tuple(layers), LayerReport("total", pruned, size, masked / norm if norm else 0.0, norm))
 
     def as_rows(self) -> list[list[Any]]:
         """The fields of each layer, plain enough to be saved anywhere."""
@@ -116,13 +116,6 @@ class Measurement:
             for (name, pruned, size), (masked, total) in zip(self.counts, squares.values(), strict=True)
         ]
         return Report.of(layers)
-
-
-def total_of(layers: Sequence[LayerReport]) -> LayerReport:
-    """The report on several layers together."""
-    masked, norm = math.hypot(*(layer.masked_norm for layer in layers)), math.hypot(*(layer.norm for layer in layers))
-    pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
-    return LayerReport("total", pruned, size, masked / norm if norm else 0.0, norm)
 
 
 @torch.no_grad()

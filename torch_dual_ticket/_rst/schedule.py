@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+from typing import Any
 
 DEFAULT_STEPS = 10_000  # the paper's
 MAX_CYCLES = 1_000  # each has masks and a plan
@@ -67,15 +64,8 @@ def _checked(schedule: Callable[[float], float], progress: float) -> float:
 class Timeline:
     """λ at each scheduler step: in each cycle it rises for ``steps`` of them and stays at the ceiling for ``hold``.
 
-    Args:
-        steps: scheduler steps over which λ rises, at least 1.
-        hold: scheduler steps after that at the ceiling.
-        cycles: how often that happens.
-        max_penalty: the ceiling.
-        schedule: progress of the rise (0 … 1) -> fraction of the ceiling.
-
-    Raises:
-        TypeError, ValueError: a number of the wrong kind or out of range, or a schedule that fails at its start.
+    The ceiling is ``max_penalty``, and ``schedule`` a function from progress (0 … 1) to a fraction of it.
+    ``TypeError`` or ``ValueError`` for numbers of the wrong kind or out of range; a schedule may fail at its start.
 
     >>> timeline = Timeline(steps=4, hold=1, cycles=2, max_penalty=1.0, schedule=resolve("linear"))
     >>> [timeline.penalty(done) for done in range(timeline.total + 1)]

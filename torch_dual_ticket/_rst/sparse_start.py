@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from .._engine.ticket import Ticket
 from .._tables import percent
 from .._tensors.async_scalar import AsyncScalar
 from .._tensors.dtensor import local
 from .managed import sparsity_of
-
-if TYPE_CHECKING:
-    from .._engine.ticket import Ticket
 
 _SHARE = 0.5  # of the sparsity asked for: dense weights have next to no zeros, quantized ones a fifth at most
 
@@ -23,7 +20,7 @@ class SparseStart:
     """Counts the zeros once, before the first update, and warns when the numbers are there."""
 
     def __init__(self) -> None:
-        self._counts: list[tuple[tuple[int, ...], AsyncScalar]] = []  # sizes, and of each: non-zeros, norm
+        self._counts: list[tuple[int, AsyncScalar]] = []  # of each parameter: size; non-zeros and norm
         self._sparsity = 0.0  # of the masks, then
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,24 +32,18 @@ class SparseStart:
         self._sparsity = sparsity_of(ticket.stage.masks)
         if ticket.stage.steps or not self._sparsity:  # masks that somebody gives may begin with nothing
             return
-        found: dict[torch.device, list[tuple[int, Tensor]]] = {}
         for managed, parameter in ticket.managed():
             weight = local(parameter)
             if weight.numel() and not weight.is_meta:
                 norm = managed.squared_norms(ticket.mask(managed), parameter, holds=False)[0]  # of the masked weights
                 counts = torch.stack([weight.count_nonzero().to(norm), norm])
-                found.setdefault(weight.device, []).append((weight.numel(), counts))
-        for layers in found.values():
-            sizes, rows = zip(*layers, strict=True)
-            self._counts.append((sizes, AsyncScalar(torch.stack(rows))))
+                self._counts.append((weight.numel(), AsyncScalar(counts)))
 
     def speak(self) -> None:
         """Warn of what was seen. Call it at the end of the scheduler step: a warning may be an error."""
-        if not (self._counts and all(rows.has_arrived() for _, rows in self._counts)):
+        if not (self._counts and all(counts.has_arrived() for _, counts in self._counts)):
             return
-        layers = [
-            (size, *row) for sizes, rows in self._counts for size, row in zip(sizes, rows.values.tolist(), strict=True)
-        ]
+        layers = [(size, *counts.values.tolist()) for size, counts in self._counts]
         self._counts = []
         layers = [layer for layer in layers if layer[1]]  # one that is zero altogether is initialized so
         size, nonzero, norm = map(sum, zip(*layers, strict=True)) if layers else (1, 1, 1)

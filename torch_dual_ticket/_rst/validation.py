@@ -5,26 +5,22 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from .._engine.layer_hook import managed_parameters
+from .._engine.ticket import Ticket
 from .._model.names import unwrapped_modules
+from .._model.targets import Target
+from ..masks.mask import Mask
 from .loop_warnings import warn_of_lost_layers
 from .residual import LayerReport, Report
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import nn
-
-    from .._engine.ticket import Ticket
-    from .._model.targets import Target
-    from ..masks.mask import Mask
 
 STATE_VERSION = 1
 P = ParamSpec("P")

@@ -8,13 +8,10 @@ of what they are multiplied with, and all small tensors are done in one call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 SMALL = 40_960  # elements: measured, a mask of the same dtype is twice as fast, and such layers have few weights
 CHUNK = 1 << 18  # elements on CPU

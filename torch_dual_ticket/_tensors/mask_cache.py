@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..masks.mask import Mask
 from . import kernels
 from .dtensor import coordinates, is_sharded, local, local_offset
 from .kernels import INTEGER_OF_SIZE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from ..masks.mask import Mask
 
 PART = 1 << 20  # weights whose mask is computed at a time where masks are not stored
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from .dtensor import is_sharded, local, local_offset, mesh_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def is_first_rank_of(tensor: Tensor) -> bool:

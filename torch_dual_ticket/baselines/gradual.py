@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._model.targets import DEFAULT_TARGETS, TargetType, find_targets
 from .._rst.schedule import check_integer
 from .._rst.validation import check_reachable, check_state, modules_of
+from ..masks.mask import Mask
 from ..masks.records import as_state, of_state
 from ..scheduler import RSTScheduler
 from .magnitude import ALL_LAYERS, check_scores, counts_of_rest, remove_smallest, rounds_of_counts
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor, nn
-
-    from .._model.targets import TargetType
-    from ..masks.mask import Mask
-
-    Scores = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]]
+Scores = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]]
 
 _GROWTH = 0.6  # of `steps`: what is chosen last is penalized for the rest
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
 
 from .._engine.layer_hook import manage
 from .._engine.ticket import Ticket
 from .._model.masked import find_masked, masks_of_zeros
-from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._model.targets import DEFAULT_TARGETS, Target, TargetType, find_targets
 from .._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
 from .._rst.managed import ManagedMasks
 from .._rst.ranks import agree_on_masks, agree_on_seed
 from .._rst.schedule import check_integer
 from .._rst.validation import check_directions, check_unmanaged, generator_unchanged_on_error
+from ..masks.mask import Mask
 from ..masks.plan import make_plan
 from ..masks.records import as_state, of_state
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from .._model.targets import Target, TargetType
-    from ..masks.mask import Mask
 
 
 class HeldMasks(ManagedMasks):

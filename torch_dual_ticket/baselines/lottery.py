@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from .._model.targets import DEFAULT_TARGETS, find_targets
+from torch import Tensor, nn
+
+from .._model.targets import DEFAULT_TARGETS, Target, TargetType, find_targets
 from .._rst.cut_warnings import warn_of_emptied
 from .._rst.schedule import MAX_CYCLES, check_integer
 from .._rst.validation import check_directions, check_unmanaged
@@ -13,13 +16,6 @@ from ..masks.explicit import ExplicitMask
 from ..masks.records import of_state
 from .held import HeldMasks
 from .magnitude import ALL_LAYERS, counts_of_rest, remove_smallest, rounds_of_counts
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from .._model.targets import Target, TargetType
 
 
 class LotteryTicket:

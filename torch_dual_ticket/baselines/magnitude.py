@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .._model.masked import find_masked
-from .._model.targets import DEFAULT_TARGETS, find_targets
+from .._model.targets import DEFAULT_TARGETS, Target, TargetType, find_targets
 from .._tensors.dtensor import reshard
 from .._tensors.sharding import whole
 from ..masks.distributions import validate_sparsity
 from ..masks.patterns import parse_pattern, pruned_units, tile
 from ..masks.plan import DEFAULT_SPARSITY, make_plan, sparsity_of_cycle
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .._model.targets import Target, TargetType
 
 ALL_LAYERS = ""  # the key of all layers together, where they have one threshold
 

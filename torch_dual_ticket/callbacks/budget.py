@@ -6,26 +6,21 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from .._model.exclusions import check_exclusions
 from .._model.masked import check_given
 from .._model.targets import check_types
+from .._rst.residual import Report
 from .._rst.schedule import check_integer, make_timeline
 from .._rst.validation import check_optimizer
 from ..masks.distributions import check_distribution, validate_sparsity
-from ..masks.patterns import implied_sparsity
+from ..masks.patterns import parse_pattern
 from ..scheduler import RSTScheduler
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .._rst.residual import Report
-
 _DEFAULT_FRACTION = 0.5
-_TIMELINE = ("steps", "hold", "updates", "cycles", "max_penalty", "schedule")
-_MASKS = ("sparsity", "pattern", "distribution", "seed")
 
 
 def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> None:
@@ -36,24 +31,25 @@ def check_settings(finalize_at: float | None, settings: Mapping[str, Any]) -> No
     ...
     ValueError: finalize_at must be a fraction of the training in (0, 1], got 1.5
     """
-    given = inspect.signature(RSTScheduler).bind(None, **settings)
-    given.apply_defaults()
-    if given.arguments["updates"] is not None:
+    bound = inspect.signature(RSTScheduler).bind(None, **settings)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given["updates"] is not None:
         raise ValueError("the trainer knows how many updates it makes: give finalize_at in place of updates")
-    make_timeline(*itemgetter(*_TIMELINE)(given.arguments))
-    sparsity, pattern, distribution, seed = itemgetter(*_MASKS)(given.arguments)
+    make_timeline(*(given[name] for name in ("steps", "hold", "updates", "cycles", "max_penalty", "schedule")))
+    sparsity = given["sparsity"]
     for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
         if value is not None:
             validate_sparsity(value)
-    check_types(given.arguments["targets"])
-    check_exclusions(given.arguments["exclude"])
-    check_optimizer(given.arguments["optimizer"])
-    if given.arguments["masks"] is not None:
-        check_given(given.arguments["masks"])
-    implied_sparsity(pattern)
-    check_distribution(distribution)
-    if seed is not None:
-        check_integer("seed", seed)
+    check_types(given["targets"])
+    check_exclusions(given["exclude"])
+    check_optimizer(given["optimizer"])
+    if given["masks"] is not None:
+        check_given(given["masks"])
+    parse_pattern(given["pattern"])
+    check_distribution(given["distribution"])
+    if given["seed"] is not None:
+        check_integer("seed", given["seed"])
     if finalize_at is None:
         return
     if isinstance(finalize_at, bool) or not isinstance(finalize_at, (int, float)) or not 0 < finalize_at <= 1:
@@ -104,10 +100,12 @@ class TrainerTicket:
     scheduler: RSTScheduler | None = None
     _model: nn.Module | None = None  # that the scheduler is on
 
-    def __init__(self, finalize_at: float | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
+    ) -> None:
         super().__init__()
-        check_settings(finalize_at, settings)
-        self._finalize_at, self._settings = finalize_at, settings
+        self._finalize_at, self._settings = finalize_at, {"sparsity": sparsity, **settings}
+        check_settings(finalize_at, self._settings)
 
     def _start(self, model: nn.Module, updates: float) -> None:
         """Build the scheduler, if this is another model than before."""

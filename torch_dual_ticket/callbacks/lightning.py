@@ -13,8 +13,6 @@ from torch import nn
 from .budget import TrainerTicket
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
 
@@ -62,13 +60,9 @@ class RSTCallback(TrainerTicket, Callback):
         >>> # Trainer(max_epochs=20, callbacks=[ticket]).fit(module, loader)
     """
 
-    def __init__(
-        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
-    ) -> None:
-        super().__init__(finalize_at, {"sparsity": sparsity, **settings})
-        self._loaded: dict[str, Any] | None = None  # a state that was loaded before the scheduler was built
-        self._awaits_state = True  # False while another module is tested
-        self._trains = True
+    _loaded: dict[str, Any] | None = None  # a state that was loaded before the scheduler was built
+    _awaits_state = True  # False while another module is tested
+    _trains = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called in every stage, before the state of a checkpoint is loaded."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from .._rst.residual import MAX_RESIDUAL
 from .budget import TrainerTicket
@@ -13,14 +15,8 @@ from .budget import TrainerTicket
 if find_spec("transformers") is None:
     raise ImportError("torch_dual_ticket.callbacks.transformers needs Transformers: pip install 'transformers[torch]'")
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):
@@ -56,11 +52,7 @@ class RSTCallback(TrainerTicket, TrainerCallback, ExportableState):
         >>> # Trainer(model, arguments, train_dataset=data, callbacks=[ticket]).train()
     """
 
-    def __init__(
-        self, sparsity: float | Mapping[str, float] | None = None, *, finalize_at: float | None = None, **settings: Any
-    ) -> None:
-        super().__init__(finalize_at, {"sparsity": sparsity, **settings})
-        self._last_penalty = 0.0  # of the last update
+    _last_penalty = 0.0  # of the last update
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **unused: Any

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .constants import Constants
+from .constants import Constants
 
 
 class Member(NamedTuple):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    # For each layer the value of each of its input channels, as float64 on the CPU: NaN where it is not constant.
-    Constants = dict[nn.Module, Tensor]
+# For each layer the value of each of its input channels, as float64 on the CPU: NaN where it is not constant.
+Constants = dict[nn.Module, Tensor]
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

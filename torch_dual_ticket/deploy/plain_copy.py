@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 from .._model.names import unwrapped_modules
-from .._model.targets import runs_forward
+from .._model.targets import check_model, runs_forward
 from .._tensors.dtensor import is_sharded
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -22,10 +19,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a parameter is sharded.
+        ValueError: a parameter is sharded, or flattened by FSDP1.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: give the model itself")
+    check_model(model)
     inner = next(unwrapped_modules(model))[1]
     for name, parameter in inner.named_parameters():
         if is_sharded(parameter):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .._model.exclusions import check_exclusions, is_excluded
 from .plain_copy import leave_fast_paths, linear_layers, plain_copy
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _DEVICE = "cuda"
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .._model.targets import check_model
 from .channels import Member, fold, removable
 from .constants import call, check_equal, observe, tensors
 from .plain_copy import plain_copy
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Operations of Torch-Pruning that lose the channels which the layers around them lose.
 _CHANNEL_BY_CHANNEL = {"BN", "PRELU", "DEPTHWISE_CONV", "ELEMENTWISE", "CONCAT", "SPLIT", "SLICE", "RESHAPE"}
@@ -68,7 +65,6 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
         >>> torch.allclose(small(x), model.eval()(x), atol=1e-5)
         True
     """
-    check_model(model)
     if not tensors(example_inputs):
         raise TypeError(
             "example_inputs is a tensor, a tuple of arguments or a dict of keyword arguments, as the model takes them;"

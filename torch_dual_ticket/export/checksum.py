@@ -13,12 +13,10 @@ import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _ENTRY = "torch_dual_ticket"  # one entry: safetensors writes several in an order that changes from run to run
 # How the JSON text begins within the JSON of the header. The key "seal" is that of earlier files, in which more digits

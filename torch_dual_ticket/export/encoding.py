@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._tensors.kernels import bits
 from .._tensors.sharding import whole
+from ..masks.mask import Mask
 from ..masks.records import as_record, of_record
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ..masks.mask import Mask
 
 
 def encode(
@@ -63,8 +61,8 @@ def encode(
 def describe(masks: Mapping[str, Mask]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What gives the masks again: the bits of explicit masks as tensors to store, and for each mask what is plain."""
     records = {name: as_record(mask) for name, mask in masks.items()}
-    bits = {f"{name} (mask)": record.pop("bits") for name, record in records.items() if "bits" in record}
-    return bits, records
+    stored = {f"{name} (mask)": record.pop("bits") for name, record in records.items() if "bits" in record}
+    return stored, records
 
 
 def masks_of(tensors: dict[str, Tensor], records: Mapping[str, dict[str, Any]]) -> dict[str, Mask]:
@@ -146,9 +144,9 @@ def _plain_copy(value: Tensor) -> Tensor:
 
 def _scatter(values: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros with the values where the mask keeps them. Moved as integers, which keeps every bit of a NaN."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    zeros = torch.zeros(shape, dtype=integers, device=values.device)
-    return zeros.masked_scatter_(kept, values.view(integers)).view(values.dtype)
+    dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    bits(dense).masked_scatter_(kept, bits(values))
+    return dense
 
 
 def _draw(mask: Mask, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from ..masks.records import as_state
 from ..scheduler import RSTScheduler
 from . import checksum
 from .encoding import decode, describe, encode, masks_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _VERSION = 1
 
@@ -193,7 +191,7 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_fits(saved: dict[str, Tensor], current: dict[str, Tensor], what: str) -> None:
-    """The same names, shapes, dtypes, and ties; the first that differs is named."""
+    """The same names, dtypes, and ties, with shapes that are known to be; the first that differs is named."""
     ties = [_first_names(saved), _first_names(current)]
     for key in [*current, *saved]:
         if key not in saved or key not in current:
@@ -206,8 +204,6 @@ def _check_fits(saved: dict[str, Tensor], current: dict[str, Tensor], what: str)
                 )
             raise ValueError(f"{what}: {key} is in the {there}, but not in the {missing}{advice}")
         in_file, here = saved[key], current[key]
-        if in_file.shape != here.shape:
-            raise ValueError(f"{what}: {key} has shape {tuple(in_file.shape)} in the file, {tuple(here.shape)} here")
         if in_file.dtype != here.dtype:
             raise ValueError(
                 f"{what}: {key} has dtype {in_file.dtype} in the file, {here.dtype} here. Convert the model first,"

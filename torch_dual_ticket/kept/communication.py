@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._engine.ticket import Ticket
+from .._rst.ranks import agree_on_masks
 from .index import kept_index, scatter_
 
 if TYPE_CHECKING:
@@ -55,14 +56,14 @@ def kept_allreduce_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[
     if not ticket.holds or ticket.is_released:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
     masks = ticket.stage.masks
-    owners = {id(tensor): (one, tensor) for one, tensor in ticket.managed()}
+    owners = {id(tensor): one for one, tensor in ticket.managed()}
     if _compared.get(ticket) is not masks:
-        _check_ranks({one.name: kept_index(one, masks[one.name], tensor) for one, tensor in owners.values()})
+        agree_on_masks(state._masks(), state._model)
         _compared[ticket] = masks
     buffer, places = bucket.buffer(), list[tuple[Tensor, Tensor | None]]()
     parts = torch.split(buffer, [parameter.numel() for parameter in bucket.parameters()])
     for parameter, part in zip(bucket.parameters(), parts, strict=True):
-        one = owners[id(parameter)][0] if id(parameter) in owners else None
+        one = owners.get(id(parameter))
         places.append((part, None if one is None else kept_index(one, masks[one.name], parameter)))
     message = torch.cat([part if index is None else part.index_select(0, index) for part, index in places])
     message.div_(dist.get_world_size())
@@ -80,17 +81,3 @@ def kept_allreduce_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[
     assert work is not None
     averaged: torch.futures.Future[Tensor] = work.get_future().then(unpack)
     return averaged
-
-
-def _check_ranks(indices: dict[str, Tensor]) -> None:
-    """``RuntimeError`` on all ranks where the kept weights are not the same."""
-    mine = {name: (len(index), int(index.sum()), int(index.long().square_().sum())) for name, index in indices.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        for name in {**everyone[0], **theirs}:
-            if theirs.get(name) != everyone[0].get(name):
-                raise RuntimeError(
-                    f"rank {rank} has another mask of {name} than rank 0, and their kept gradients cannot be averaged."
-                    " Give every rank the same seed, or the same masks."
-                )

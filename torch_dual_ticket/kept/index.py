@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .._engine.parameter import ManagedParameter
-    from ..masks.mask import Mask
+from .._engine.parameter import ManagedParameter
+from ..masks.mask import Mask
 
 _indices: weakref.WeakKeyDictionary[ManagedParameter, tuple[Mask, Any, Tensor]] = weakref.WeakKeyDictionary()
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .._engine.ticket import Ticket
-from .._model.names import unwrapped_parameters
+from .._model.names import first_names, unwrapped_parameters
 from .values import KeptValues, check_whole, values_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch.optim import Optimizer
 
 
 class KeptParameters:
@@ -85,12 +82,10 @@ class KeptParameters:
         One vector of the kept weights for each weight with a mask, in an order that depends on the mask alone; the
         model's own parameters for the others.
         """
-        seen = set()
-        for name, parameter in unwrapped_parameters(self._model):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                weight = self._values.weights.get(name)
-                yield name, parameter if weight is None else weight.values
+        parameters = dict(unwrapped_parameters(self._model))
+        for name in first_names(self._model).values():
+            weight = self._values.weights.get(name)
+            yield name, parameters[name] if weight is None else weight.values
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of :meth:`named_parameters`."""

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .._engine.batch import Batch
 from .._engine.enforcement import Enforcement
 from .._engine.optimizer_hooks import register
+from .._engine.parameter import ManagedParameter
 from .._engine.stage import Phase, Stage
 from .._engine.ticket import Ticket
+from ..masks.mask import Mask
 from .index import clear_masked_, kept_index
 from .weight import KeptWeight
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch.optim import Optimizer
-
-    from .._engine.parameter import ManagedParameter
-    from ..masks.mask import Mask
 
 # They look at rows, columns or means of a weight, which a vector of the kept ones does not have.
 _LOOK_AT_SHAPES = {

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._engine.gradient_hook import register
 from .._engine.parameter import ManagedParameter, stamp_of
+from ..masks.mask import Mask
 from .gradient import KeptGradient
 from .index import gather, kept_index, laid_out_as, scatter_
-
-if TYPE_CHECKING:
-    from ..masks.mask import Mask
 
 _TAKEN = "_dual_ticket_taken"  # the attribute of a gradient that the model's parameter had
 

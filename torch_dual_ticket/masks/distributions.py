@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .patterns import pruned_units
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
 
 
 def validate_sparsity(value: object, what: str = "sparsity") -> float:
@@ -91,8 +89,8 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str
 
     Args:
         shapes: layer name -> full shape of its weight.
-        sparsity: fraction of all these weights that is pruned.
-        units: layer name -> number of units, where a unit is more than one weight. The budget is still in weights, and
+        sparsity: fraction of all these weights that is pruned, in [0, 1).
+        units: layer name -> number of units; None: a unit is one weight. The budget is in weights in any case, and
             the total is the nearest to it that the order of the units allows: at most half the largest unit away.
 
     >>> erk({"conv": (16, 3, 3, 3), "fc": (100, 100)}, 0.9)
@@ -100,16 +98,12 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float, units: Mapping[str
     >>> erk({"small": (4, 4), "large": (100, 100)}, 0.5)
     {'small': 0, 'large': 5008}
     """
-    sparsity = validate_sparsity(sparsity)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    counts = sizes if units is None else {name: units[name] for name in shapes}
-    unit_sizes = {}
     for name, size in sizes.items():
         if size == 0:
             raise ValueError(f"layer {name!r} of shape {tuple(shapes[name])} has no weights to distribute")
-        if not (counts[name] > 0 and size % counts[name] == 0):
-            raise ValueError(f"{counts[name]} units do not divide the {size} weights of layer {name!r} evenly")
-        unit_sizes[name] = size // counts[name]
+    counts = sizes if units is None else units
+    unit_sizes = {name: size // counts[name] for name, size in sizes.items()}
     total = sum(sizes.values())
     budget = total - pruned_units(sparsity, total)
     shares = {name: sum(shape) or 1 for name, shape in shapes.items()}

@@ -6,14 +6,11 @@ import ctypes
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _BITS = torch.tensor([1 << position for position in range(8)], dtype=torch.uint8, device="cpu")
 

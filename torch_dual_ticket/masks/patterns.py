@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 ALLOWED = '"unstructured", "n:m" such as "2:4" (1 <= n < m), "block:RxC" such as "block:4x4", "filter" or "channel"'
 
@@ -29,12 +26,19 @@ class Pattern:
     first: int = 1
     second: int = 1
 
+    @property
+    def sparsity(self) -> float | None:
+        """What "n:m" means: ``1 - n/m``. The others leave it open."""
+        return 1 - self.first / self.second if self.kind == "n:m" else None
+
 
 def parse_pattern(pattern: str) -> Pattern:
     """Parse the text of a pattern; ``ValueError`` lists what is allowed.
 
     >>> parse_pattern("2:4")
     Pattern(kind='n:m', first=2, second=4)
+    >>> parse_pattern("2:4").sparsity
+    0.5
     >>> parse_pattern("block:16x8")
     Pattern(kind='block', first=16, second=8)
     """
@@ -47,16 +51,6 @@ def parse_pattern(pattern: str) -> Pattern:
     if match := _BLOCK.fullmatch(pattern):
         return Pattern("block", int(match[1]), int(match[2]))
     raise ValueError(f"unknown pattern {pattern!r}; allowed are {ALLOWED}")
-
-
-def implied_sparsity(pattern: str) -> float | None:
-    """The sparsity that a pattern fixes: ``1 - n/m`` for "n:m", None for the others, which leave it open.
-
-    >>> implied_sparsity("2:4"), implied_sparsity("filter")
-    (0.5, None)
-    """
-    parsed = parse_pattern(pattern)
-    return 1 - parsed.first / parsed.second if parsed.kind == "n:m" else None
 
 
 def pruned_units(sparsity: float, units: int) -> int:

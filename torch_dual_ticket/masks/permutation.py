@@ -7,8 +7,8 @@ through the network again until they fall inside, which keeps it a permutation (
 
 It gives the same on every device that divides integers exactly, and in every release of torch: the random functions
 are tables read from SHAKE-256, and the rest is table look-ups, additions, comparisons and divisions of integers.
-Nothing overflows: the halves are of the order of √n, their sums stay in int32 for any n below 2**58, and products are
-taken in int64 once n no longer fits into int32. No random generator of torch is involved.
+Nothing overflows: the halves are of the order of √n, their sums stay in int32 for any n below 2**58, and products and
+positions are int64 once n no longer fits into int32. No random generator of torch is involved.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ from torch import Tensor
 ROUNDS = 6
 SORTED_BELOW = 4096
 _WORD_BYTES = 8
-_INT32_LIMIT = 2**31
 
 
 class KeyedPermutation:
     """The permutation of ``0 … n-1`` that belongs to `key`.
 
     >>> permutation = KeyedPermutation(b"any bytes", 6)
-    >>> sorted(permutation.ranks(0, 6).tolist())
+    >>> sorted(permutation.ranks(torch.arange(6)).tolist())
     [0, 1, 2, 3, 4, 5]
-    >>> bool((permutation.ranks(2, 5) == permutation.ranks(0, 6)[2:5]).all())
+    >>> bool((permutation.ranks(torch.arange(2, 5)) == permutation.ranks(torch.arange(6))[2:5]).all())
     True
     """
 
@@ -45,9 +44,10 @@ class KeyedPermutation:
         self.device = torch.device("cpu" if device is None else device)
         self.rows = math.isqrt(max(n - 1, 0)) + 1
         self.columns = max(-(-n // self.rows), 1)
+        self.dtype = torch.int32 if self.rows * self.columns < 2**31 else torch.int64  # of positions and ranks
         if n < SORTED_BELOW:
             order = _words(key, n).sort(stable=True).indices
-            self._sorted_ranks = torch.empty_like(order).scatter_(0, order, _range(0, n, "cpu")).to(self.device)
+            self._sorted_ranks = order.argsort().to(self.device, self.dtype)
         else:
             self._tables = [
                 _words(key + bytes([round_]), self.rows)
@@ -56,46 +56,29 @@ class KeyedPermutation:
                 for round_ in range(ROUNDS)
             ]
 
-    def ranks(self, start: int, stop: int) -> Tensor:
-        """Ranks of the positions ``start … stop-1``: an integer tensor of shape ``(stop - start,)``."""
+    def ranks(self, positions: Tensor) -> Tensor:
+        """Ranks of a tensor of positions, of one dimension."""
         if self.n < SORTED_BELOW:
-            return self._sorted_ranks[start:stop]
-        first_row, first_column = divmod(start, self.columns)
-        position = _range(first_column, first_column + stop - start, self.device, torch.int32)
-        row = position.div(self.columns, rounding_mode="floor")
-        column = position.sub_(row, alpha=self.columns)
-        return self._walk(self._network(row.add_(first_row), column))
+            return self._sorted_ranks.index_select(0, positions)
+        ranks = self._network(positions)
+        if self.rows * self.columns > self.n:
+            outside = ranks.ge(self.n).nonzero().squeeze(1)
+            while outside.numel():
+                moved = self._network(ranks.index_select(0, outside))
+                ranks.index_copy_(0, outside, moved)
+                outside = outside[moved >= self.n]
+        return ranks
 
-    def ranks_at(self, positions: Tensor) -> Tensor:
-        """Ranks of any int64 tensor of positions, in its shape."""
-        if self.n < SORTED_BELOW:
-            return self._sorted_ranks[positions]
-        return self._walk(self._pass_again(positions.flatten())).view(positions.shape)
-
-    def _network(self, row: Tensor, column: Tensor) -> Tensor:
+    def _network(self, positions: Tensor) -> Tensor:
+        row = positions.div(self.columns, rounding_mode="floor")
+        column = positions.sub(row, alpha=self.columns).to(torch.int32)
+        row = row.to(torch.int32)
         for round_, table in enumerate(self._tables):
             if _changes_row(round_):
                 _add_modulo(row, table.index_select(0, column), self.rows)
             else:
                 _add_modulo(column, table.index_select(0, row), self.columns)
-        if self.rows * self.columns >= _INT32_LIMIT:
-            row, column = row.long(), column.long()
-        return row.mul_(self.columns).add_(column)
-
-    def _pass_again(self, values: Tensor) -> Tensor:
-        row = values.div(self.columns, rounding_mode="floor")
-        column = values.sub(row, alpha=self.columns)
-        return self._network(row.to(torch.int32), column.to(torch.int32))
-
-    def _walk(self, ranks: Tensor) -> Tensor:
-        if self.rows * self.columns == self.n:
-            return ranks
-        outside = ranks.ge(self.n).nonzero().squeeze(1)
-        while outside.numel():
-            moved = self._pass_again(ranks.index_select(0, outside))
-            ranks.index_copy_(0, outside, moved)
-            outside = outside[moved >= self.n]
-        return ranks
+        return row.to(self.dtype).mul_(self.columns).add_(column)
 
 
 def _changes_row(round_: int) -> bool:
@@ -111,10 +94,6 @@ def _words(key: bytes, count: int) -> Tensor:
     if sys.byteorder == "big":
         words.byteswap()
     return torch.frombuffer(words, dtype=torch.int64)
-
-
-def _range(start: int, stop: int, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.arange(start, stop, dtype=dtype, device=device)
 
 
 def _add_modulo(half: Tensor, added: Tensor, size: int) -> None:

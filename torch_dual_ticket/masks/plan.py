@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from .distributions import by_name, check_distribution, erk, uniform, validate_sparsity
-from .patterns import count_units, implied_sparsity, parse_pattern
+from .patterns import count_units, parse_pattern
 from .seeded import SeededMask
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 DEFAULT_SPARSITY = 0.9
 
@@ -67,7 +64,7 @@ def make_plan(
         TypeError, ValueError: a sparsity that is not a fraction, contradicts the pattern, or prunes nothing; a pattern
             that does not fit a layer; a name pattern that matches no module.
     """
-    implied = implied_sparsity(pattern)
+    implied = parse_pattern(pattern).sparsity
     check_distribution(distribution)
     if sparsity is None:
         sparsity = DEFAULT_SPARSITY if implied is None else implied
@@ -91,7 +88,7 @@ def make_plan(
     for cycle in range(1, cycles + 1):
         levels = {name: sparsity_of_cycle(sparsities[name], cycle, cycles) for name in units}
         if distribution == "erk":
-            pruned.append(erk(shapes, max(levels.values()), None if pattern == "unstructured" else units))
+            pruned.append(erk(shapes, max(levels.values()), units))
         else:
             pruned.append(uniform(units, levels))
     if not any(pruned[-1].values()):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .explicit import ExplicitMask
+from .mask import Mask
 from .seeded import SeededMask
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .mask import Mask
 
 VERSION = 1
 
@@ -45,7 +42,6 @@ def as_record(mask: Mask) -> dict[str, Any]:
         # Most masks have no input_dim, and their files can be read by releases that know of none.
         fields = {key: value for key, value in asdict(mask).items() if value is not None}
     else:
-        assert isinstance(mask, ExplicitMask)
         fields = {"shape": list(mask.shape), "bits": mask.bits}
     return fields | {"fingerprint": mask.fingerprint}
 

@@ -11,19 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from operator import index
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .patterns import count_units, parse_pattern, tile
 from .permutation import KeyedPermutation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 ALGORITHM = 1
 """Part of every key and fingerprint; it changes when the same fields would give another mask."""
@@ -232,12 +229,7 @@ def _fill(
     block = _merge_dims(shape, offset, size)
     for start in range(0, flat.numel(), chunk):
         stop = min(start + chunk, flat.numel())
-        if len(block) == 1:
-            first = block[0][1]
-            ranks = permutation.ranks(first + start, first + stop)
-        else:
-            ranks = permutation.ranks_at(_positions(block, start, stop, device))
-        flat[start:stop] = keep(ranks)
+        flat[start:stop] = keep(permutation.ranks(_positions(block, start, stop, permutation)))
     return flat.view(tuple(size))
 
 
@@ -253,13 +245,13 @@ def _merge_dims(shape: Sequence[int], offset: Sequence[int], size: Sequence[int]
     return merged
 
 
-def _positions(block: list[tuple[int, int, int]], start: int, stop: int, device: torch.device) -> Tensor:
+def _positions(block: list[tuple[int, int, int]], start: int, stop: int, permutation: KeyedPermutation) -> Tensor:
     """Linear positions in the full tensor of the elements ``start … stop-1`` of the block."""
-    rest = torch.arange(start, stop, device=device)
-    positions = torch.zeros_like(rest)
-    stride = 1
-    for full, first, length in reversed(block):
+    rest = torch.arange(start, stop, dtype=permutation.dtype, device=permutation.device)
+    positions, stride = torch.zeros_like(rest), 1
+    (_, outermost, _), *inner = block
+    for full, first, length in reversed(inner):
         positions.add_(rest.remainder(length).add_(first), alpha=stride)
         rest.div_(length, rounding_mode="floor")
         stride *= full
-    return positions
+    return positions.add_(rest.add_(outermost), alpha=stride)

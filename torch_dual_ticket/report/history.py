@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .._rst.managed import ManagedMasks
-from .._rst.residual import LayerReport, Report, take_measurement
+from .._rst.residual import LayerReport, Measurement, Report, take_measurement
 from .._rst.schedule import check_integer
 from ..scheduler import RSTScheduler
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .._rst.residual import Measurement
 
 _VERSION = 1
 _POINTS = 200  # records of a transformation, if the user does not say how often

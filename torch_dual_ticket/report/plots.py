@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from .._rst.managed import ManagedMasks
 from .._rst.residual import MAX_RESIDUAL
 from .._tables import shortened
-from .history import History
+from .history import History, Record
 from .summary import summary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import nn
-
-    from .history import Record
-    from .summary import HasMasks
 
 _BLUE, _RED, _ORANGE, _GRAY = "tab:blue", "tab:red", "tab:orange", "0.6"
 _LONGEST_NAME = 60
@@ -85,7 +83,7 @@ def plot(history: History) -> Figure:
     return figure
 
 
-def plot_sparsity(model_or_rst: nn.Module | HasMasks) -> Figure:
+def plot_sparsity(model_or_rst: nn.Module | ManagedMasks) -> Figure:
     """The sparsity of each layer as a bar, with the number of weights that are kept.
 
     Args:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +14,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._engine.layer_hook import layer_hooks
 from .._engine.parameter import is_converted
 from .._engine.stage import Phase
-from .._engine.ticket import Ticket
 from .._model.coverage import why_dense
 from .._model.layout import input_dim_of
 from .._model.names import unwrapped_modules
-from .._rst.residual import measure, total_of
+from .._rst.managed import ManagedMasks
+from .._rst.residual import LayerReport, Report, measure
 from .._tables import Table, TableInNotebooks, as_best_text, as_renderable, percent, terminal_width
 from .._tensors.dtensor import local, reshard, sum_over_shards
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from .._engine.parameter import ManagedParameter
-    from .._rst.residual import LayerReport
-    from ..masks.mask import Mask
-
-
-class HasMasks(Protocol):
-    """What manages a model: an ``RSTScheduler``, or what ``baselines.hold()`` returns."""
-
-    @property
-    def masks(self) -> Mapping[str, Tensor]: ...
+from ..masks.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ class Summary(TableInNotebooks):
         managed = [layer for layer in masked if layer.residual is not None]
         rows = [_cells(layer) for layer in self.layers]
         if self.others:
-            rows.append(_row(layer=f"{len(self.others)} others", sparsity="dense", kept=f"{sum(self.others):,}"))
+            rows.append({"layer": f"{len(self.others)} others", "sparsity": "dense", "kept": f"{sum(self.others):,}"})
         footer = []
         if managed:
             kept, size = sum(layer.kept for layer in managed), sum(layer.size for layer in managed)
@@ -136,21 +124,21 @@ class Summary(TableInNotebooks):
         notes = [_MEANING[phase] for phase in self.phases or ("",)]
         if managed:
             notes.append(f"left dense: {self._left_dense()}")
-        empty = {column for column in _OPTIONAL if all(row[column] in ("", _NOTHING) for row in rows)}
-        if _DEAD not in empty:
+        empty = {column for column in _OPTIONAL if all(row.get(column, _NOTHING) == _NOTHING for row in rows)}
+        if "dead" not in empty:
             notes.append("dead: outputs whose inputs are all masked")
         table = _without(empty, rows, footer, notes)
         if table.width <= width:
             return table
-        for column in sorted({_PATTERN, _PENALTY} - empty):
+        for column in ("pattern", "λ"):
             values = {_cells(layer)[column] for layer in managed or masked}
-            if len(values) == 1:
+            if column not in empty and len(values) == 1:
                 empty.add(column)
-                notes.append(f"{_HEADER[column]} of every {'managed' if managed else 'masked'} layer: {values.pop()}")
+                notes.append(f"{column} of every {'managed' if managed else 'masked'} layer: {values.pop()}")
         return _without(empty, rows, footer, notes)
 
 
-def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
+def summary(model_or_rst: nn.Module | ManagedMasks) -> Summary:
     """A table of the layers of a model: shape, pattern, sparsity, kept weights, residual, λ; print what it returns.
 
     Call it at any time; it reads every weight. Of a model that is managed, by an ``RSTScheduler``, by masks of
@@ -179,7 +167,11 @@ def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
         >>> print(f"{table.sparsity:.2%} of {table.size:,}")
         76.72% of 9,610
     """
-    model = _model_of(model_or_rst)
+    model = model_or_rst._model if isinstance(model_or_rst, ManagedMasks) else model_or_rst
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"summary() takes a torch.nn.Module, or the RSTScheduler or held masks on one; got {type(model).__name__}"
+        )
     reshard(model)
     modules = list(unwrapped_modules(model))
     managed = _managed(model)
@@ -201,53 +193,38 @@ def summary(model_or_rst: nn.Module | HasMasks) -> Summary:
             else:
                 layer = _count_zeros(name, module, key, parameter)
                 layers.append(replace(layer, dense=reasons.get(id(parameter), "")))
-    return Summary(tuple(layers), tuple(others), total_of(reports).residual if reports else None)
-
-
-def _model_of(given: Any) -> nn.Module:
-    if isinstance(given, nn.Module):
-        return given
-    ticket = getattr(given, "_ticket", None)
-    if not isinstance(ticket, Ticket):
-        raise TypeError(
-            f"summary() takes a torch.nn.Module, or the RSTScheduler or held masks on one; got {type(given).__name__}"
-        )
-    model = ticket.model()
-    if model is None:
-        raise RuntimeError(f"the model of this {type(given).__name__} does not exist any more")
-    return model
+    return Summary(tuple(layers), tuple(others), Report.of(reports).total.residual if reports else None)
 
 
 def _managed(model: nn.Module) -> dict[int, tuple[LayerSummary, LayerReport]]:
     """The managed parameters of the model, by id."""
-    hooks = [hook for hook in layer_hooks(model) if hook.ticket.phase is not Phase.IDLE]
-    tickets = {id(hook.ticket): hook.ticket for hook in hooks}
-    for key, ticket in list(tickets.items()):
-        if any(is_converted(tensor) for _, tensor in ticket.managed()):  # it cannot be measured any more
-            del tickets[key]
-    reports = {(key, report.name): report for key, ticket in tickets.items() for report in measure(ticket).layers}
     found = {}
-    for hook in hooks:
-        if id(hook.ticket) not in tickets:
-            continue
-        ticket, mask = hook.ticket, hook.ticket.mask(hook.managed)
-        report = reports[id(ticket), hook.managed.name]
-        kept, pattern = report.size - report.pruned, getattr(mask, "pattern", "explicit")
-        penalty = None if ticket.holds else ticket.stage.penalty
-        tensor, dead = hook.managed.tensor(), _count_dead(mask, hook.managed)
-        layer = LayerSummary(hook.managed.name, mask.shape, report.size, kept, pattern, report.residual, penalty, dead)
-        found[id(tensor)] = layer, report
+    for ticket in dict.fromkeys(hook.ticket for hook in layer_hooks(model)):
+        if ticket.phase is Phase.IDLE or any(is_converted(tensor) for _, tensor in ticket.managed()):
+            continue  # it cannot be measured any more
+        reports = {report.name: report for report in measure(ticket).layers}
+        for managed, tensor in ticket.managed():
+            mask, report = ticket.mask(managed), reports[managed.name]
+            layer = LayerSummary(
+                managed.name,
+                mask.shape,
+                report.size,
+                kept=report.size - report.pruned,
+                pattern=getattr(mask, "pattern", "explicit"),
+                residual=report.residual,
+                penalty=None if ticket.holds else ticket.stage.penalty,
+                dead=_count_dead(mask, managed.layer(), tensor),
+            )
+            found[id(tensor)] = layer, report
     return found
 
 
-def _count_dead(mask: Mask, managed: ManagedParameter) -> int | None:
-    layer, tensor = managed.layer(), managed.tensor()
+def _count_dead(mask: Mask, layer: nn.Module | None, parameter: Tensor) -> int | None:
     inputs = None if layer is None else input_dim_of(layer)
     if inputs is None or len(mask.shape) < 2:
         return None
-    kept = mask.draw(device=None if tensor is None or tensor.is_meta else tensor.device)
-    outputs = kept.movedim(int(inputs == 0), 0).flatten(1)
-    return int((~outputs.any(1)).sum())
+    outputs = mask.draw(device=None if parameter.is_meta else parameter.device).movedim(int(inputs == 0), 0)
+    return int((~outputs.flatten(1).any(1)).sum())
 
 
 def _count_zeros(name: str, module: nn.Module, key: str, parameter: Tensor) -> LayerSummary:
@@ -271,8 +248,8 @@ def _count_nonzero(tensor: Tensor) -> int:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-_HEADER = ("layer", "shape", "pattern", "sparsity", "kept", "dead", "residual", "λ")
-_PATTERN, _DEAD, _RESIDUAL, _PENALTY = _OPTIONAL = tuple(map(_HEADER.index, ("pattern", "dead", "residual", "λ")))
+_COLUMNS = ("layer", "shape", "pattern", "sparsity", "kept", "dead", "residual", "λ")
+_OPTIONAL = ("pattern", "dead", "residual", "λ")
 _NOTHING = "–"
 _MEANING = {  # of the sparsity, by phase
     "transform": "transformation: finalize() would give this sparsity, and cut off this residual",
@@ -281,33 +258,28 @@ _MEANING = {  # of the sparsity, by phase
 }
 
 
-def _cells(layer: LayerSummary) -> tuple[str, ...]:
-    return (
-        layer.name.removesuffix(".weight"),
-        "×".join(map(str, layer.shape)),
-        layer.pattern or _NOTHING,
-        "dense" if not layer.pattern and percent(layer.sparsity) == percent(0) else percent(layer.sparsity),
-        f"{layer.kept:,}",
-        f"{layer.dead:,}" if layer.dead else _NOTHING,
-        _NOTHING if layer.residual is None else f"{layer.residual:.4f}",
-        _NOTHING if layer.penalty is None else f"{layer.penalty:.3g}",
-    )
+def _cells(layer: LayerSummary) -> dict[str, str]:
+    """The row of a layer, by columns; where there is none, the cell is empty."""
+    return {
+        "layer": layer.name.removesuffix(".weight"),
+        "shape": "×".join(map(str, layer.shape)),
+        "pattern": layer.pattern or _NOTHING,
+        "sparsity": "dense" if not layer.pattern and percent(layer.sparsity) == percent(0) else percent(layer.sparsity),
+        "kept": f"{layer.kept:,}",
+        "dead": f"{layer.dead:,}" if layer.dead else _NOTHING,
+        "residual": _NOTHING if layer.residual is None else f"{layer.residual:.4f}",
+        "λ": _NOTHING if layer.penalty is None else f"{layer.penalty:.3g}",
+    }
 
 
-def _total(name: str, kept: int, size: int, residual: str) -> tuple[str, ...]:
+def _total(name: str, kept: int, size: int, residual: str) -> dict[str, str]:
     sparsity = percent(1 - kept / max(1, size))
-    return _row(layer=name, shape=f"{size:,}", sparsity=sparsity, kept=f"{kept:,}", residual=residual)
-
-
-def _row(**cells: str) -> tuple[str, ...]:
-    """By the names of the columns; the others are empty."""
-    return tuple(cells.get(column, "") for column in _HEADER)
+    return {"layer": name, "shape": f"{size:,}", "sparsity": sparsity, "kept": f"{kept:,}", "residual": residual}
 
 
 def _without(
-    columns: set[int], rows: Sequence[tuple[str, ...]], footer: Sequence[tuple[str, ...]], notes: Sequence[str]
+    columns: set[str], rows: Sequence[dict[str, str]], footer: Sequence[dict[str, str]], notes: Sequence[str]
 ) -> Table:
-    header, *lines = [
-        tuple(cell for column, cell in enumerate(row) if column not in columns) for row in (_HEADER, *rows, *footer)
-    ]
-    return Table(header, tuple(lines[: len(rows)]), tuple(lines[len(rows) :]), tuple(notes))
+    shown = tuple(column for column in _COLUMNS if column not in columns)
+    lines, totals = (tuple(tuple(row.get(column, "") for column in shown) for row in some) for some in (rows, footer))
+    return Table(shown, lines, totals, tuple(notes))
