@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._engine import layer_hook
 from ._engine.layer_hook import manage
@@ -13,7 +14,7 @@ from ._engine.stage import Phase, Stage
 from ._engine.ticket import Ticket
 from ._model.coverage import warn_of_coverage
 from ._model.masked import find_masked
-from ._model.targets import DEFAULT_TARGETS, check_model, find_targets
+from ._model.targets import DEFAULT_TARGETS, TargetType, check_model, find_targets
 from ._rst import validation
 from ._rst.advice import Advice
 from ._rst.cut_warnings import warn_of_constant_outputs, warn_of_emptied
@@ -24,18 +25,10 @@ from ._rst.residual import LayerReport, Report, measure, warn_of_outstanding, wa
 from ._rst.schedule import check_integer, make_timeline
 from ._rst.sparse_start import SparseStart
 from .masks.explicit import ExplicitMask
-from .masks.plan import make_plan
+from .masks.mask import Mask
+from .masks.plan import Plan, make_plan
 from .masks.seeded import SeededMask
 from .prune import check_stock_layout
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from ._model.targets import TargetType
-    from .masks.mask import Mask
-    from .masks.plan import Plan
 
 
 class RSTScheduler(ManagedMasks):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from .._tensors.kernels import bits, is_simple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from ..masks.mask import Mask
-    from .parameter import ManagedParameter
+from ..masks.mask import Mask
+from .parameter import ManagedParameter
 
 
 class Batch(list["tuple[ManagedParameter, Tensor]"]):

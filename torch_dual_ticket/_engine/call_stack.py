@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from types import CodeType, FrameType
 
 from torch.nn.utils import prune
 from torch.nn.utils.stateless import _functional_call
 from torch.optim import Optimizer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import CodeType, FrameType
 
 _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__  # of the function that runs hooks around each step
 _APPLY_CODE = prune.BasePruningMethod.apply.__func__.__code__  # type: ignore[attr-defined]

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .._tensors.kernels import bits, clear_, clear_all_
+from ..masks.mask import Mask
+from .batch import Batch
 from .parameter import MARK, ManagedParameter, is_treated, note_treated, writable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch.optim import Optimizer
-
-    from ..masks.mask import Mask
-    from .batch import Batch
 
 
 class Enforcement:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Variable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
 
 _HOPS = 4  # callbacks at the end of backward() until ours is the last: DDP queues one from within another
 _queue_callback = Variable._execution_engine.queue_callback

@@ -7,12 +7,10 @@ a further key would be an error in the step of an optimizer whose hooks go away 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class _Pair:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copyreg
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn.utils import prune
@@ -15,14 +17,7 @@ from .call_stack import name_to_prune
 from .optimizer_hooks import register, tickets
 from .parameter import ManagedParameter, WeakOccurrence, remove_hook
 from .stage import Phase
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from torch import Tensor, nn
-
-    from .ticket import Ticket
-
+from .ticket import Ticket
 
 _FINETUNE = Phase.FINETUNE  # the members of an Enum are slow to look up
 

@@ -10,7 +10,8 @@ import atexit
 import functools
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
@@ -22,13 +23,9 @@ from .call_stack import in_dummy_step, outer_steps
 from .hook_order import pair
 from .penalty import loss_term
 from .stage import Phase
+from .ticket import Ticket
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from .ticket import Ticket
-
-    Found = list[tuple[Ticket, Batch]]
+Found = list[tuple[Ticket, Batch]]
 
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -11,11 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._tensors.dtensor import is_sharded, local, placed_like, version
 from .._tensors.kernels import squared_norms
 from .._tensors.mask_cache import MaskCache
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
-    from ..masks.mask import Mask
+from ..masks.mask import Mask
 
 MARK = "_dual_ticket_treated"  # the attribute of a gradient that says for which update it was penalized or masked
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .._tensors.dtensor import sum_over_shards
 from .._tensors.kernels import add_scaled_, add_scaled_all_
+from ..masks.mask import Mask
+from .batch import Batch
 from .parameter import MARK, ManagedParameter, is_treated, note_treated, writable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch.optim import Optimizer
-
-    from ..masks.mask import Mask
-    from .batch import Batch
-    from .updates import Updates
+from .updates import Updates
 
 
 @torch.no_grad()

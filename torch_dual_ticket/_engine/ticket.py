@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
 from .._tensors.dtensor import is_sharded, local, mesh_of, reshard
 from .._tensors.kernels import clear_
+from ..masks.mask import Mask
 from .batch import Batch
 from .call_stack import in_functional_call
 from .enforcement import Enforcement
@@ -24,13 +27,6 @@ from .parameter import ManagedParameter, is_treated, stamp_of
 from .penalty import add_penalty
 from .stage import Phase, Stage
 from .updates import Updates
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
-
-    from torch.optim import Optimizer
-
-    from ..masks.mask import Mask
 
 
 class Ticket:

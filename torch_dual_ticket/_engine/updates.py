@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from .._tensors.async_scalar import AsyncScalar
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
 
 
 class Updates:
