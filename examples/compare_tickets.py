@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
             progress.console.print(report.markdown(), soft_wrap=True, highlight=False, markup=False)
             progress.console.print(f"table.md, table.csv, picture.png and records.jsonl are in {options.out}")
     if is_distributed:
-        dist.barrier()  # a rank that ends while another still needs its connection can crash
+        dist.all_gather_object([None] * dist.get_world_size(), None)  # the ranks meet: dist.barrier() can abort here
         dist.destroy_process_group()
 
 
