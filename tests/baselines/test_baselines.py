@@ -338,7 +338,7 @@ def test_managed_parameters_are_refused():
         lambda: LotteryTicket(model, 0.9),
         lambda: RSTScheduler(model, 0.9),
     ):
-        with pytest.raises(ValueError, match=r"is managed by another RSTScheduler, or held masks\..*without one"):
+        with pytest.raises(ValueError, match=r"is managed by another RSTScheduler, or held masks\..*no mask for it"):
             again()
 
 

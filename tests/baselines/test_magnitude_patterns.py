@@ -168,7 +168,8 @@ def test_earlier_masks_may_be_of_zeros_and_ones():
 @pytest.mark.parametrize(
     ("within", "error", "message"),
     [
-        (3, TypeError, "a mapping from parameter names to masks, got int"),
+        (0, TypeError, "a mapping from parameter names to masks, got int"),
+        (torch.ones(4, 8), TypeError, "a mapping from parameter names to masks, got Tensor"),
         ({"weigth": torch.ones(4, 8)}, ValueError, "'weigth' does not belong to a parameter"),
         ({"weight": torch.ones(3)}, ValueError, r"the mask of weight has shape \(3,\), the parameter \(4, 8\)"),
         ({"weight": torch.full((4, 8), 2.0)}, ValueError, "must hold 0 .pruned. and 1 .kept. only, got 2.0"),

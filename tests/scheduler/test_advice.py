@@ -351,6 +351,7 @@ def test_it_is_said_how_far_max_penalty_and_lr_can_be_raised_with_sgd(early):
         ({"momentum": 0.9}, 1.0, True),
         ({"momentum": 0.9}, 0.1, False),  # the ramp reaches full speed late: a higher one helps
         ({"momentum": 0.9, "nesterov": True}, 1.0, False),
+        ({"momentum": 0.9, "dampening": 0.9}, 1.0, False),  # of which a tenth arrives
         ({"momentum": 0.1}, 1.0, False),
     ],
 )

@@ -8,6 +8,7 @@ from models import finalize_quietly
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import GradualPruning
 
 SAID = r"0\.weight was given weights with \d\d% of their norm where it is masked"
 
@@ -128,3 +129,19 @@ def test_nothing_is_said_during_the_transformation():
     train(model, rst, 3)
     model.load_state_dict(state)
     evaluate(model)
+
+
+def test_nothing_is_said_before_finalize_of_masks_that_grow_in_force():
+    """An average lags behind them, and the message would speak of a finalize() that is still to come."""
+    model = plain()
+    pruning = GradualPruning(model, 0.9, steps=4, max_penalty=0.0, intervals=2)
+    dense = copy.deepcopy(model.state_dict())
+    train(model, pruning, 4)
+    assert pruning.phase == "finetune"
+    assert pruning.sparsity > 0.8
+    exchange(model, dense)
+    evaluate(model)
+    pruning.finalize()
+    exchange(model, dense)
+    with pytest.warns(UserWarning, match=SAID):
+        evaluate(model)

@@ -171,7 +171,9 @@ class DenseState:
     def look(self, ticket: Ticket, managed: ManagedParameter, parameter: Tensor) -> None:
         """Call it where something else than an optimizer has changed a parameter, before its zeros are put back."""
         layer = managed.layer()
-        if self._is_said or layer is None or layer.training:  # who trains on from other weights means it
+        if self._is_said or ticket.stage.report is None:  # GradualPruning's masks at once: finalize() is to come
+            return
+        if layer is None or layer.training:  # who trains on from other weights means it
             return
         masked, whole = managed.squared_norms(ticket.mask(managed), parameter, holds=True).tolist()
         if not masked > _DENSE**2 * whole:

@@ -202,12 +202,13 @@ def _lever(ticket: Ticket) -> str:
         if lr < highest / 2:
             levers.append(f"The lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high")
         if type(optimizer) is SGD and not levers:
-            limit, product = sgd_limit(held.groups[0]), lr * ticket.stage.penalty
-            # Momentum lets nothing shrink faster, from lr·λ = (1 - √momentum)² on: most of a ramp to ten times that.
-            fastest = 0.0 if held.groups[0]["nesterov"] else math.sqrt(held.groups[0]["momentum"])
+            group = held.groups[0]
+            limit, product = sgd_limit(group), lr * ticket.stage.penalty
+            # Momentum lets nothing shrink faster, from damped lr·λ = (1 - √momentum)² on: most of a ramp to ten times.
+            fastest, damped = 0.0 if group["nesterov"] else math.sqrt(group["momentum"]), 1 - group["dampening"]
             updates = max(ticket.updates.serial, ticket.stage.steps)
             change = _MORE if product < limit else "Lower max_penalty or lr"
-            if fastest**updates > MAX_RESIDUAL and 10 * (1 - fastest) ** 2 < product < limit:
+            if fastest**updates > MAX_RESIDUAL and 10 * (1 - fastest) ** 2 < damped * product and product < limit:
                 change = f"Transform for longer: an update leaves {fastest:.3g} of a weight, whatever the penalty"
             levers.append(f"{change} (lr times max_penalty must stay below {limit:g} with this SGD)")
         if type(optimizer) in (Adam, AdamW):

@@ -75,7 +75,7 @@ def check_unmanaged(targets: list[Target]) -> None:
             raise ValueError(
                 f"{target.name} is managed by another RSTScheduler, or held masks. Call remove() on them first, or"
                 " where no name reaches them, as for a copied model, torch_dual_ticket.release(model); or leave the"
-                f" layer out with exclude=[{target.layer_name!r}], or where masks are given, without one."
+                f" layer out, with exclude=[{target.layer_name!r}] or by giving no mask for it."
             )
 
 

@@ -68,7 +68,7 @@ def magnitude_masks(
         tensor(4)
     """
     check_scores(scores)
-    if within:
+    if within is not None and (not isinstance(within, Mapping) or within):
         within = {name: mask.draw() for name, mask in find_masked(model, within, frozen=True)[1].items()}
     found = find_targets(model, targets, exclude)
     counts = rounds_of_counts(found, sparsity, distribution, rounds=1, pattern=pattern)[0]
