@@ -346,24 +346,25 @@ def test_it_is_said_how_far_max_penalty_and_lr_can_be_raised_with_sgd(early):
 
 
 @pytest.mark.parametrize(
-    ("settings", "max_penalty", "is_limited"),
+    ("settings", "max_penalty", "updates", "is_limited"),
     [
-        ({"momentum": 0.9}, 1.0, True),
-        ({"momentum": 0.9}, 0.1, False),  # the ramp reaches full speed late: a higher one helps
-        ({"momentum": 0.9, "nesterov": True}, 1.0, False),
-        ({"momentum": 0.9, "dampening": 0.9}, 1.0, False),  # of which a tenth arrives
-        ({"momentum": 0.1}, 1.0, False),
+        ({"momentum": 0.9}, 1.0, 20, True),
+        ({"momentum": 0.9}, 0.1, 20, False),  # the ramp reaches full speed late: a higher one helps
+        ({"momentum": 0.9}, 0.3, 5, False),  # weights have just begun to swing: a higher one hurries them
+        ({"momentum": 0.9, "nesterov": True}, 1.0, 20, False),
+        ({"momentum": 0.9, "dampening": 0.9}, 1.0, 20, False),  # of which a tenth arrives
+        ({"momentum": 0.1}, 1.0, 20, False),
     ],
 )
-def test_momentum_that_shrinks_no_faster_is_named_and_time_helps(settings, max_penalty, is_limited):
+def test_momentum_that_shrinks_no_faster_is_named_and_time_helps(settings, max_penalty, updates, is_limited):
     def make_optimizer(parameters):
         return SGD(parameters, lr=0.1, **settings)
 
-    messages, residual = trained(make_optimizer, updates=20, max_penalty=max_penalty)
+    messages, residual = trained(make_optimizer, updates=updates, max_penalty=max_penalty)
     said = "Transform for longer: an update leaves 0.949 of a weight, whatever the penalty" in messages[-1]
     assert said == is_limited
     _, of_more_time = trained(make_optimizer, updates=100, max_penalty=max_penalty)
-    _, of_more_penalty = trained(make_optimizer, updates=20, max_penalty=3 * max_penalty)
+    _, of_more_penalty = trained(make_optimizer, updates=updates, max_penalty=3 * max_penalty)
     assert of_more_time < residual / 2
     assert (of_more_penalty > residual) == is_limited
 

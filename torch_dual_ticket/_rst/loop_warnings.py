@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._engine.graph_capture import is_capturing
 from .._engine.optimizer_hooks import steps_elsewhere
 from .._engine.parameter import ManagedParameter
 from .._engine.stage import Phase
@@ -173,7 +174,7 @@ class DenseState:
         layer = managed.layer()
         if self._is_said or ticket.stage.report is None:  # GradualPruning's masks at once: finalize() is to come
             return
-        if layer is None or layer.training:  # who trains on from other weights means it
+        if layer is None or layer.training or is_capturing():  # who trains on from other weights means it
             return
         masked, whole = managed.squared_norms(ticket.mask(managed), parameter, holds=True).tolist()
         if not masked > _DENSE**2 * whole:

@@ -202,14 +202,12 @@ def _lever(ticket: Ticket) -> str:
         if lr < highest / 2:
             levers.append(f"The lr was at {lr:g} of {highest:g}: transform for longer, or while lr is high")
         if type(optimizer) is SGD and not levers:
-            group = held.groups[0]
+            group, updates = held.groups[0], max(ticket.updates.serial, ticket.stage.steps)
             limit, product = sgd_limit(group), lr * ticket.stage.penalty
-            # Momentum lets nothing shrink faster, from damped lr·λ = (1 - √momentum)² on: most of a ramp to ten times.
-            fastest, damped = 0.0 if group["nesterov"] else math.sqrt(group["momentum"]), 1 - group["dampening"]
-            updates = max(ticket.updates.serial, ticket.stage.steps)
             change = _MORE if product < limit else "Lower max_penalty or lr"
-            if fastest**updates > MAX_RESIDUAL and 10 * (1 - fastest) ** 2 < damped * product and product < limit:
-                change = f"Transform for longer: an update leaves {fastest:.3g} of a weight, whatever the penalty"
+            if product < limit and _is_limited_by_momentum(group, product, updates):
+                least = math.sqrt(group["momentum"])
+                change = f"Transform for longer: an update leaves {least:.3g} of a weight, whatever the penalty"
             levers.append(f"{change} (lr times max_penalty must stay below {limit:g} with this SGD)")
         if type(optimizer) in (Adam, AdamW):
             moves = sizes = 0.0
@@ -223,6 +221,19 @@ def _lever(ticket: Ticket) -> str:
             elif not levers:
                 levers.append(ADAM_AT_FULL_SPEED)
     return ". ".join(dict.fromkeys(levers)) or _MORE
+
+
+def _is_limited_by_momentum(group: Mapping[str, Any], product: float, updates: int) -> bool:
+    """Whether no penalty could have emptied the weights in so many updates of SGD, and a higher one would not help.
+
+    An update leaves √momentum of a weight at least, from a damped lr·λ of (1 - √momentum)² on: a ramp is beyond that
+    for most of its time where it ends at ten times as much. But the first half turn of the swing that weights are in
+    there is the shorter, the higher the penalty is.
+    """
+    least, damped = math.sqrt(group["momentum"]), product * (1 - group["dampening"])
+    if group["nesterov"] or least**updates <= MAX_RESIDUAL:
+        return False
+    return damped > 10 * (1 - least) ** 2 and math.sqrt(damped) * updates > math.pi
 
 
 def sgd_limit(group: Mapping[str, Any]) -> float:
