@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -68,7 +67,7 @@ class LayerHook(prune.BasePruningMethod):
     def _tensor_name(self) -> str:  # type: ignore[override]
         """What torch.nn.utils.prune compares by: its functions ask for it before they change anything."""
         name = self._occurrence.tensor_name
-        if name_to_prune(sys._getframe(1)) == name:
+        if name_to_prune() == name:
             advice = (
                 "The scheduler was dropped: torch_dual_ticket.release(model) takes off what it has left there."
                 if self.ticket.phase is Phase.IDLE

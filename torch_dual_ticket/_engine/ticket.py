@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -278,7 +277,7 @@ class Ticket:
             return
         managed.check_kind(parameter)
         is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
-        if is_known or not in_functional_call(sys._getframe(1)):
+        if is_known or not in_functional_call():
             if self._before_restoring is not None and not is_clean:
                 self._before_restoring(self, managed, parameter)
             self.zero(Batch([(managed, parameter)]))
