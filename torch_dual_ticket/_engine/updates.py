@@ -68,17 +68,17 @@ class Updates:
         self.ever = self.ever or self.pending
         return self.pending
 
-    def begin_step(self, *, pending: bool = False) -> None:
-        """Begin the next scheduler step; ``pending`` as a saved state says."""
+    def begin_step(self) -> None:
+        """Begin the next scheduler step."""
         # What apply_penalty() has done may be of an update that is still on its way.
         self.number += self.pending and not self.silenced
-        self.serial_at_step, self.silenced, self.pending = self.serial, False, pending
-        self.ever = self.ever or pending
+        self.serial_at_step, self.silenced, self.pending = self.serial, False, False
         self.by.clear()
         self._begun = None
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
         self.number += 1
-        self.begin_step(pending=pending)
-        self.ever, self._found_inf, self._outcomes, self._void = pending, None, [], 0
+        self.begin_step()
+        self.pending = self.ever = pending
+        self._found_inf, self._outcomes, self._void = None, [], 0
