@@ -128,10 +128,15 @@ def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
         if not (ticket.holds or ticket.updates.silenced)
         and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
     ]
-    if found and (parts := _parts(optimizer)):
-        left = {key for part in parts for key in groups_of(part)}
-        found = [(ticket, held.where(id(tensor) not in left for _, tensor in held)) for ticket, held in found]
+    if found and _parts(optimizer):
+        own = _own(optimizer)
+        found = [(ticket, held.where(id(tensor) in own for _, tensor in held)) for ticket, held in found]
     return found
+
+
+def _own(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that the optimizer updates itself: not of those that its parts update."""
+    return set(groups_of(optimizer)).difference(*map(groups_of, _parts(optimizer)))
 
 
 def _parts(optimizer: Optimizer) -> list[Optimizer]:
@@ -144,13 +149,6 @@ def _parts(optimizer: Optimizer) -> list[Optimizer]:
 
 def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:
     return optimizer is given or (given is not None and any(_is_part(optimizer, part) for part in _parts(given)))
-
-
-def _updated_outside() -> set[int]:
-    """The ids of the parameters that are updated by steps in which the running step was called."""
-    outer = outer_steps()
-    left = {key for optimizer in outer for part in _parts(optimizer) for key in groups_of(part)}
-    return {key for optimizer in outer for key in groups_of(optimizer)} - left
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,7 +191,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if closure is None:
         for ticket, held in to_penalize:
             since = ticket.updates.serial_at_step
-            if ticket.updates.serial > since and (outside := _updated_outside()):
+            if ticket.updates.serial > since and (outside := set[int]().union(*map(_own, outer_steps()))):
                 # A step around this one has penalized these, and may have changed or replaced the gradients since.
                 held = held.where(not (one.penalized_at > since and id(tensor) in outside) for one, tensor in held)
             ticket.penalize(held, optimizer)
