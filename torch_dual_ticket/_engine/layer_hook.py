@@ -151,11 +151,11 @@ def layer_hooks(model: nn.Module) -> Iterator[LayerHook]:
 
 def release(model: nn.Module) -> None:
     """Take all hooks of this library off the layers of the model, and end what they belong to."""
-    for ticket in {hook.ticket for hook in layer_hooks(model)}:
-        ticket.release()
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, NoOpHook):
+            if isinstance(hook, LayerHook):
+                hook.ticket.release()
+            elif isinstance(hook, NoOpHook):
                 remove_hook(module, key)
 
 
