@@ -120,18 +120,18 @@ def _find(optimizer: Optimizer, *, checks: bool = True) -> Found:
     return [(ticket, held) for ticket, held in found if ticket.phase is not Phase.IDLE]
 
 
-def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
-    """The tickets in transformation, with what the optimizer itself is about to update of them."""
-    found = [
-        (ticket, held)
-        for ticket, held in found
-        if not (ticket.holds or ticket.updates.silenced)
-        and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
-    ]
-    if found and _parts(optimizer):
+def _begin_update(found: Found, optimizer: Optimizer) -> Found:
+    """Mask gradients where zeros are held; returns the other tickets, with what they are to penalize."""
+    due = []
+    for ticket, held in found:
+        if ticket.holds:
+            ticket.before_update(held, optimizer)
+        elif not ticket.updates.silenced and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer())):
+            due.append((ticket, held))
+    if due and _parts(optimizer):
         own = _own(optimizer)
-        found = [(ticket, held.where(id(tensor) in own for _, tensor in held)) for ticket, held in found]
-    return found
+        due = [(ticket, held.where(id(tensor) in own for _, tensor in held)) for ticket, held in due]
+    return due
 
 
 def _own(optimizer: Optimizer) -> set[int]:
@@ -181,10 +181,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     global _steps_elsewhere
     found = _find(optimizer)
     _steps_elsewhere += not found
-    for ticket, held in found:
-        if ticket.holds:
-            ticket.before_update(held, optimizer)
-    to_penalize = _to_penalize(found, optimizer)
+    to_penalize = _begin_update(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
         return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
@@ -211,10 +208,7 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
                 ticket.zero(held.where(not one.is_clean(parameter) for one, parameter in held))
         before = {id(ticket): ticket.updates.serial for ticket, _ in found}
         loss = closure()
-        for ticket, held in found:
-            if ticket.holds:
-                ticket.before_update(held, optimizer)
-        for ticket, held in _to_penalize(_find(optimizer), optimizer):
+        for ticket, held in _begin_update(_find(optimizer), optimizer):
             serial = ticket.updates.serial
             since = before.get(id(ticket), serial)
             if serial > since:  # by the closure itself: it may be that of a step around this one, handed down
