@@ -29,23 +29,21 @@ Found = list[tuple[Ticket, Batch]]
 
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
-_installed = False
-_steps_elsewhere = 0
+steps_elsewhere = 0  # made so far by optimizers that have no managed parameter: those of another copy, say
 _lookups: weakref.WeakKeyDictionary[Optimizer, Lookup] = weakref.WeakKeyDictionary()
 
 
 def register(ticket: Ticket) -> None:
     """Let the steps of optimizers reach the ticket."""
-    global _tickets, _installed
+    global _tickets
     with _lock:
-        if not any(ref() is ticket for ref in _tickets):
-            _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
-        if not _installed:
+        if not _tickets:  # the first of all
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
             atexit.register(_drop_tensors)
-            _installed = True
+        if not any(ref() is ticket for ref in _tickets):
+            _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
 
 
 def _drop_tensors() -> None:
@@ -64,11 +62,6 @@ def held_by(ticket: Ticket) -> Iterator[tuple[Optimizer, Batch]]:
     """The optimizers that have made a step with parameters of the ticket, and what they have of it."""
     for optimizer, lookup in list(_lookups.items()):
         yield from ((optimizer, held) for ref, held, _ in lookup.found if held and ref() is ticket)
-
-
-def steps_elsewhere() -> int:
-    """How many steps were made so far by optimizers that have no managed parameter: those of another copy, say."""
-    return _steps_elsewhere
 
 
 class Lookup:
@@ -178,9 +171,9 @@ def _after_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, k
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    global _steps_elsewhere
+    global steps_elsewhere
     found = _find(optimizer)
-    _steps_elsewhere += not found
+    steps_elsewhere += not found
     to_penalize = _begin_update(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
         return None
