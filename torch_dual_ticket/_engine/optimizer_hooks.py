@@ -82,10 +82,9 @@ class Lookup:
 
 def _held(ticket: Ticket, optimizer: Optimizer) -> Batch:
     groups = groups_of(optimizer)
+    if any(is_sharded(group["params"][0]) for group in groups.values()):
+        ticket.reshard()  # the model may have whole parameters in their places
     found = [entry for entry in ticket.managed() if id(entry[1]) in groups]
-    if len(found) < len(ticket.parameters) and any(is_sharded(g["params"][0]) for g in groups.values()):
-        ticket.reshard()
-        found = [entry for entry in ticket.managed() if id(entry[1]) in groups]
     return Batch(found, [groups[id(tensor)] for _, tensor in found])
 
 
