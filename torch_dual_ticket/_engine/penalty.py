@@ -32,7 +32,6 @@ def add_penalty(
     gone: list[Tensor] = []
     others: dict[bool, list[tuple[ManagedParameter, Tensor, Tensor]]] = defaultdict(list)  # True: to be maximized
     penalized: list[tuple[ManagedParameter, Tensor]] = []
-    is_applied = False
     for entry, group, mask in zip(batch, batch.groups, batch.masks(masks, holds=False), strict=True):
         one, parameter = entry
         grad = parameter.grad
@@ -40,8 +39,7 @@ def add_penalty(
             continue
         one.penalized_at = serial
         if MARK in grad.__dict__ and is_treated(grad, update):
-            is_applied = True  # before a step that raised, or in the step around this one
-            continue
+            continue  # before a step that raised, or in the step around this one
         penalized.append(entry)
         maximizes = group.get("maximize", False)
         if maximizes or mask is None or type(grad) is not Tensor or grad.is_sparse:
@@ -64,7 +62,7 @@ def add_penalty(
                 )
                 add_scaled_(pieces, -factor if maximizes else factor)
         note_treated([*grads, *(grad for entries in others.values() for _, _, grad in entries)], update)
-    if optimizer is not None and (penalized or is_applied):
+    if optimizer is not None and any(one.penalized_at == serial for one, _ in batch):
         updates.begin(optimizer)
     return penalized
 
