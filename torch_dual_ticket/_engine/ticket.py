@@ -228,7 +228,7 @@ class Ticket:
             one.stamp = stamp
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
 
-    def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
+    def before_update(self, batch: Batch, optimizer: Optimizer) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
         self.enforcement.check_update(batch, optimizer)
         update = self.updates.number
