@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
 from .call_stack import name_to_prune
-from .optimizer_hooks import register, tickets
+from .optimizer_hooks import register
 from .parameter import ManagedParameter, WeakOccurrence, remove_hook
 from .stage import Phase
 from .ticket import Ticket
@@ -157,9 +157,3 @@ def release(model: nn.Module) -> None:
                 hook.ticket.release()
             elif isinstance(hook, NoOpHook):
                 remove_hook(module, key)
-
-
-def managed_parameters() -> set[int]:
-    """The ids of the parameters that tickets in this process manage."""
-    working = [ticket for ticket in tickets() if ticket.phase is not Phase.IDLE]
-    return {id(tensor) for ticket in working for _, tensor in ticket.managed()}
