@@ -300,8 +300,7 @@ class Ticket:
 
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
-        self.updates.complete(optimizer)
-        if self._after_each is not None:
+        if self.updates.complete(optimizer) and self._after_each is not None:
             self._after_each(self, self.updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------

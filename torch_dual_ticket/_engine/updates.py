@@ -36,10 +36,10 @@ class Updates:
         """The optimizer's step is about to use gradients that have the penalty in them."""
         self._begun = id(optimizer)
 
-    def complete(self, optimizer: Optimizer) -> None:
-        """The optimizer's step is over."""
+    def complete(self, optimizer: Optimizer) -> bool:
+        """The optimizer's step is over; returns whether it was an update."""
         if self._begun != id(optimizer):
-            return
+            return False
         self._begun = None
         self.by[id(optimizer)] += 1
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler where a fused optimizer skips the step
@@ -47,6 +47,7 @@ class Updates:
             self.note()
         else:
             self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+        return True
 
     def note(self) -> None:
         """An update has applied the penalty."""
