@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_dual_ticket._engine import layer_hook
+from torch_dual_ticket._rst import validation
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,7 +42,7 @@ def _of_parameter(parameter: Tensor) -> list[Any]:
     return [
         id(parameter),
         parameter.requires_grad,
-        id(parameter) in layer_hook.managed_parameters(),
+        id(parameter) in validation.managed_parameters(),
         _of_items(vars(parameter)),
         [None if items is None else _of_items(items) for items in hooks_of_gradient],
         _values(parameter),

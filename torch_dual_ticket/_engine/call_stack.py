@@ -14,14 +14,14 @@ _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__  # of the functi
 _APPLY_CODE = prune.BasePruningMethod.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
-def in_functional_call(frame: FrameType | None) -> bool:
-    """Whether the frame runs inside ``torch.func.functional_call``, which lends a module the caller's tensors."""
-    return any(True for _ in _calls_of(_functional_call.__code__, frame))
+def in_functional_call() -> bool:
+    """Whether this runs inside ``torch.func.functional_call``, which lends a module the caller's tensors."""
+    return any(_calls_of(_functional_call.__code__))
 
 
-def name_to_prune(frame: FrameType | None) -> str | None:
-    """What a method of torch.nn.utils.prune is about to prune, if the frame runs inside its ``apply``."""
-    return next((str(call.f_locals["name"]) for call in _calls_of(_APPLY_CODE, frame)), None)
+def name_to_prune() -> str | None:
+    """What a method of torch.nn.utils.prune is about to prune, if this runs inside its ``apply``."""
+    return next((str(call.f_locals["name"]) for call in _calls_of(_APPLY_CODE)), None)
 
 
 def in_dummy_step() -> bool:
@@ -31,16 +31,17 @@ def in_dummy_step() -> bool:
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
-    return code is not None and any(True for _ in _calls_of(code, sys._getframe(1)))
+    return code is not None and any(_calls_of(code))
 
 
 def outer_steps() -> list[Optimizer]:
     """The optimizers in whose steps the running step was called."""
-    return [call.f_locals["self"] for call in _calls_of(_STEP_CODE, sys._getframe(1))][1:]
+    return [call.f_locals["self"] for call in _calls_of(_STEP_CODE)][1:]
 
 
-def _calls_of(code: CodeType, frame: FrameType | None) -> Iterator[FrameType]:
-    """The calls of a function within which the frame runs, innermost first."""
+def _calls_of(code: CodeType) -> Iterator[FrameType]:
+    """The running calls of a function, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is code:
             yield frame

@@ -20,7 +20,7 @@ class Enforcement:
     def connect(self, managed: ManagedParameter, parameter: Tensor) -> None:
         """The tensor is a new one of this parameter."""
 
-    def check_update(self, batch: Batch, optimizer: Optimizer | None) -> None:
+    def check_update(self, batch: Batch, optimizer: Optimizer) -> None:
         """``RuntimeError`` if an optimizer that has these parameters must not update them."""
 
     @torch.no_grad()

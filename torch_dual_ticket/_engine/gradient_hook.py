@@ -20,9 +20,8 @@ _current_task = torch._C._current_graph_task_id
 def gradient_hook(mask: Callable[[Tensor | None], None]) -> Callable[[Tensor], None]:
     """A hook that has all gradients masked at the end of each backward pass, and does nothing at any but the first.
 
-    Args:
-        mask: a method that masks the gradient of this parameter, or of all for None. It is referenced weakly: the
-            parameters own the hook, and may outlive the ticket.
+    ``mask`` is a method that masks the gradient of this parameter, or of all for None. It is referenced weakly: the
+    parameters own the hook, and may outlive the ticket.
     """
     from torch._dynamo.decorators import skip  # not at import, where it loads the compiler
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
 from .call_stack import name_to_prune
-from .optimizer_hooks import register, tickets
+from .optimizer_hooks import register
 from .parameter import ManagedParameter, WeakOccurrence, remove_hook
 from .stage import Phase
 from .ticket import Ticket
@@ -68,7 +67,7 @@ class LayerHook(prune.BasePruningMethod):
     def _tensor_name(self) -> str:  # type: ignore[override]
         """What torch.nn.utils.prune compares by: its functions ask for it before they change anything."""
         name = self._occurrence.tensor_name
-        if name_to_prune(sys._getframe(1)) == name:
+        if name_to_prune() == name:
             advice = (
                 "The scheduler was dropped: torch_dual_ticket.release(model) takes off what it has left there."
                 if self.ticket.phase is Phase.IDLE
@@ -152,15 +151,9 @@ def layer_hooks(model: nn.Module) -> Iterator[LayerHook]:
 
 def release(model: nn.Module) -> None:
     """Take all hooks of this library off the layers of the model, and end what they belong to."""
-    for ticket in {hook.ticket for hook in layer_hooks(model)}:
-        ticket.release()
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, NoOpHook):
+            if isinstance(hook, LayerHook):
+                hook.ticket.release()
+            elif isinstance(hook, NoOpHook):
                 remove_hook(module, key)
-
-
-def managed_parameters() -> set[int]:
-    """The ids of the parameters that tickets in this process manage."""
-    working = [ticket for ticket in tickets() if ticket.phase is not Phase.IDLE]
-    return {id(tensor) for ticket in working for _, tensor in ticket.managed()}

@@ -29,23 +29,21 @@ Found = list[tuple[Ticket, Batch]]
 
 _lock = threading.Lock()
 _tickets: tuple[weakref.ref[Ticket], ...] = ()  # replaced, never changed: steps in other threads may be walking over it
-_installed = False
-_steps_elsewhere = 0
+steps_elsewhere = 0  # made so far by optimizers that have no managed parameter: those of another copy, say
 _lookups: weakref.WeakKeyDictionary[Optimizer, Lookup] = weakref.WeakKeyDictionary()
 
 
 def register(ticket: Ticket) -> None:
     """Let the steps of optimizers reach the ticket."""
-    global _tickets, _installed
+    global _tickets
     with _lock:
-        if not any(ref() is ticket for ref in _tickets):
-            _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
-        if not _installed:
+        if not _tickets:  # the first of all
             # Compiled steps call them as they are. Not at import: it loads the compiler, as the first optimizer does.
             register_optimizer_step_pre_hook(torch.compiler.disable(_before))  # type: ignore[no-untyped-call]
             register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
             atexit.register(_drop_tensors)
-            _installed = True
+        if not any(ref() is ticket for ref in _tickets):
+            _tickets = (*(ref for ref in _tickets if ref() is not None), weakref.ref(ticket))
 
 
 def _drop_tensors() -> None:
@@ -66,11 +64,6 @@ def held_by(ticket: Ticket) -> Iterator[tuple[Optimizer, Batch]]:
         yield from ((optimizer, held) for ref, held, _ in lookup.found if held and ref() is ticket)
 
 
-def steps_elsewhere() -> int:
-    """How many steps were made so far by optimizers that have no managed parameter: those of another copy, say."""
-    return _steps_elsewhere
-
-
 class Lookup:
     """Which managed parameters an optimizer has: looked up once, and checked at each step."""
 
@@ -89,10 +82,9 @@ class Lookup:
 
 def _held(ticket: Ticket, optimizer: Optimizer) -> Batch:
     groups = groups_of(optimizer)
+    if any(is_sharded(group["params"][0]) for group in groups.values()):
+        ticket.reshard()  # the model may have whole parameters in their places
     found = [entry for entry in ticket.managed() if id(entry[1]) in groups]
-    if len(found) < len(ticket.parameters) and any(is_sharded(g["params"][0]) for g in groups.values()):
-        ticket.reshard()
-        found = [entry for entry in ticket.managed() if id(entry[1]) in groups]
     return Batch(found, [groups[id(tensor)] for _, tensor in found])
 
 
@@ -120,18 +112,23 @@ def _find(optimizer: Optimizer, *, checks: bool = True) -> Found:
     return [(ticket, held) for ticket, held in found if ticket.phase is not Phase.IDLE]
 
 
-def _to_penalize(found: Found, optimizer: Optimizer) -> Found:
-    """The tickets in transformation, with what the optimizer itself is about to update of them."""
-    found = [
-        (ticket, held)
-        for ticket, held in found
-        if not (ticket.holds or ticket.updates.silenced)
-        and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer()))
-    ]
-    if found and (parts := _parts(optimizer)):
-        left = {key for part in parts for key in groups_of(part)}
-        found = [(ticket, held.where(id(tensor) not in left for _, tensor in held)) for ticket, held in found]
-    return found
+def _begin_update(found: Found, optimizer: Optimizer) -> Found:
+    """Mask gradients where zeros are held; returns the other tickets, with what they are to penalize."""
+    due = []
+    for ticket, held in found:
+        if ticket.holds:
+            ticket.before_update(held, optimizer)
+        elif not ticket.updates.silenced and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer())):
+            due.append((ticket, held))
+    if due and _parts(optimizer):
+        own = _own(optimizer)
+        due = [(ticket, held.where(id(tensor) in own for _, tensor in held)) for ticket, held in due]
+    return due
+
+
+def _own(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that the optimizer updates itself: not of those that its parts update."""
+    return set(groups_of(optimizer)).difference(*map(groups_of, _parts(optimizer)))
 
 
 def _parts(optimizer: Optimizer) -> list[Optimizer]:
@@ -144,13 +141,6 @@ def _parts(optimizer: Optimizer) -> list[Optimizer]:
 
 def _is_part(optimizer: Optimizer, given: Optimizer | None) -> bool:
     return optimizer is given or (given is not None and any(_is_part(optimizer, part) for part in _parts(given)))
-
-
-def _updated_outside() -> set[int]:
-    """The ids of the parameters that are updated by steps in which the running step was called."""
-    outer = outer_steps()
-    left = {key for optimizer in outer for part in _parts(optimizer) for key in groups_of(part)}
-    return {key for optimizer in outer for key in groups_of(optimizer)} - left
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,20 +170,17 @@ def _after_step_and(hook: Callable[..., Any], optimizer: Optimizer, args: Any, k
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    global _steps_elsewhere
+    global steps_elsewhere
     found = _find(optimizer)
-    _steps_elsewhere += not found
-    for ticket, held in found:
-        if ticket.holds:
-            ticket.before_update(held, optimizer)
-    to_penalize = _to_penalize(found, optimizer)
+    steps_elsewhere += not found
+    to_penalize = _begin_update(found, optimizer)
     if not found or (to_penalize and in_dummy_step()):
         return None
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     if closure is None:
         for ticket, held in to_penalize:
             since = ticket.updates.serial_at_step
-            if ticket.updates.serial > since and (outside := _updated_outside()):
+            if ticket.updates.serial > since and (outside := set[int]().union(*map(_own, outer_steps()))):
                 # A step around this one has penalized these, and may have changed or replaced the gradients since.
                 held = held.where(not (one.penalized_at > since and id(tensor) in outside) for one, tensor in held)
             ticket.penalize(held, optimizer)
@@ -213,10 +200,7 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
                 ticket.zero(held.where(not one.is_clean(parameter) for one, parameter in held))
         before = {id(ticket): ticket.updates.serial for ticket, _ in found}
         loss = closure()
-        for ticket, held in found:
-            if ticket.holds:
-                ticket.before_update(held, optimizer)
-        for ticket, held in _to_penalize(_find(optimizer), optimizer):
+        for ticket, held in _begin_update(_find(optimizer), optimizer):
             serial = ticket.updates.serial
             since = before.get(id(ticket), serial)
             if serial > since:  # by the closure itself: it may be that of a step around this one, handed down

@@ -158,11 +158,8 @@ def stamp_of(parameter: Tensor) -> tuple[int, int, int]:
 
 def is_treated(grad: Tensor, update: int) -> bool:
     """Whether the gradient was penalized or masked for this update, and is unchanged since."""
-    mark = grad.__dict__.get(MARK)
-    if mark is None or mark[1] != update:
-        return False
-    now: int = grad._version if type(grad) is Tensor else version(grad)
-    return bool(mark[0] == now)
+    mark: tuple[int, int] | None = grad.__dict__.get(MARK)
+    return mark is not None and mark == (grad._version if type(grad) is Tensor else version(grad), update)
 
 
 def note_treated(grads: list[Tensor], update: int) -> None:

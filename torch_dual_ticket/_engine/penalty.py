@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,21 +24,14 @@ def add_penalty(
 ) -> list[tuple[ManagedParameter, Tensor]]:
     """Add λ·w to the gradients of the masked weights, once to each gradient; returns those where it was due.
 
-    Args:
-        batch: what to penalize.
-        masks: by parameter name.
-        factor: λ.
-        updates: of the ticket; they are told.
-        optimizer: whose step is about to use the gradients; None where no hook sees the update.
+    The optimizer is the one whose step is about to use the gradients; None where no hook sees the update.
     """
     update, serial = updates.number, updates.serial + 1
     grads: list[Tensor] = []  # of simple parameters, in the order of these three
     weights: list[Tensor] = []
     gone: list[Tensor] = []
-    others: list[tuple[ManagedParameter, Tensor, Tensor]] = []
-    maximized: list[tuple[ManagedParameter, Tensor, Tensor]] = []
+    others: dict[bool, list[tuple[ManagedParameter, Tensor, Tensor]]] = defaultdict(list)  # True: to be maximized
     penalized: list[tuple[ManagedParameter, Tensor]] = []
-    is_applied = False
     for entry, group, mask in zip(batch, batch.groups, batch.masks(masks, holds=False), strict=True):
         one, parameter = entry
         grad = parameter.grad
@@ -45,13 +39,11 @@ def add_penalty(
             continue
         one.penalized_at = serial
         if MARK in grad.__dict__ and is_treated(grad, update):
-            is_applied = True  # before a step that raised, or in the step around this one
-            continue
+            continue  # before a step that raised, or in the step around this one
         penalized.append(entry)
-        if group.get("maximize"):
-            maximized.append((one, parameter, writable(parameter, grad)))
-        elif mask is None or type(grad) is not Tensor or grad.is_sparse:
-            others.append((one, parameter, writable(parameter, grad)))
+        maximizes = group.get("maximize", False)
+        if maximizes or mask is None or type(grad) is not Tensor or grad.is_sparse:
+            others[maximizes].append((one, parameter, writable(parameter, grad)))
         else:
             grads.append(grad)
             weights.append(parameter)
@@ -62,15 +54,15 @@ def add_penalty(
         factor = factor if scale is None else scale * factor
         if isinstance(factor, Tensor) or factor != 0:
             add_scaled_all_(grads, weights, gone, factor)
-            for entries in filter(None, (others, maximized)):
+            for maximizes, entries in others.items():
                 pieces: Any = (
                     piece
                     for one, parameter, grad in entries
                     for piece in one.gradient_pieces(masks[one.name], parameter, grad, holds=False)
                 )
-                add_scaled_(pieces, factor if entries is others else -factor)
-        note_treated([*grads, *(grad for _, _, grad in (*others, *maximized))], update)
-    if optimizer is not None and (penalized or is_applied):
+                add_scaled_(pieces, -factor if maximizes else factor)
+        note_treated([*grads, *(grad for entries in others.values() for _, _, grad in entries)], update)
+    if optimizer is not None and any(one.penalized_at == serial for one, _ in batch):
         updates.begin(optimizer)
     return penalized
 

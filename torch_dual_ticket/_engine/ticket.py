@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -58,14 +57,12 @@ class Ticket:
         self.stores_masks = stores_masks
         self.is_released = False
         self.manual = False  # apply_penalty() was called: there may be updates that no hook sees
-        self._model = None if model is None else weakref.ref(model)
-        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        self.model: Callable[[], nn.Module | None] = _weak(model)  # unknown to a copy
+        self.scheduler = _weak(scheduler)
         self._managed = Batch([])  # as it was when somebody last asked; empty if it may have changed since
         self._before_first = before_first  # called once, before the first update
         self._after_each = after_each  # called with the number of updates of that optimizer in this scheduler step
-        self._before_restoring = (
-            before_restoring  # where the zeros of a parameter were changed, and not by an optimizer
-        )
+        self._before_restoring = before_restoring  # called where something else than an optimizer has changed zeros
         self._gradient_hook = gradient_hook(self._on_gradients)
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -74,21 +71,13 @@ class Ticket:
     def phase(self) -> Phase:
         """That of the stage, or idle where the scheduler of a transformation is gone, or the ticket was released."""
         phase = self.stage.phase
-        is_dropped = phase is Phase.TRANSFORM and (self._scheduler is None or self._scheduler() is None)
+        is_dropped = phase is Phase.TRANSFORM and self.scheduler() is None
         return Phase.IDLE if is_dropped or self.is_released else phase
 
     @property
     def holds(self) -> bool:
         """Whether the masked weights are held at zero."""
         return self.stage.phase is Phase.FINETUNE
-
-    def model(self) -> nn.Module | None:
-        """None where it was dropped, or is not known: a copy."""
-        return None if self._model is None else self._model()
-
-    def serve(self, scheduler: Any, model: nn.Module) -> None:
-        """Belong to this copy of a scheduler from now on."""
-        self._scheduler, self._model = weakref.ref(scheduler), weakref.ref(model)
 
     def mask(self, managed: ManagedParameter) -> Mask:
         return self.stage.masks[managed.name]
@@ -239,7 +228,7 @@ class Ticket:
             one.stamp = stamp
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
 
-    def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
+    def before_update(self, batch: Batch, optimizer: Optimizer) -> None:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
         self.enforcement.check_update(batch, optimizer)
         update = self.updates.number
@@ -278,7 +267,7 @@ class Ticket:
             return
         managed.check_kind(parameter)
         is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
-        if is_known or not in_functional_call(sys._getframe(1)):
+        if is_known or not in_functional_call():
             if self._before_restoring is not None and not is_clean:
                 self._before_restoring(self, managed, parameter)
             self.zero(Batch([(managed, parameter)]))
@@ -311,8 +300,7 @@ class Ticket:
 
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
-        self.updates.complete(optimizer)
-        if self._after_each is not None:
+        if self.updates.complete(optimizer) and self._after_each is not None:
             self._after_each(self, self.updates.by[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
@@ -328,8 +316,13 @@ class Ticket:
     def adopt(self, name: str, mask: Mask) -> ManagedParameter:
         """The parameter of this name, which is new to this ticket where a copied layer is the first to have it."""
         known = next((managed for managed in self.parameters if managed.name == name), None)
-        if known is not None:
-            return known
-        self.stage = replace(self.stage, masks={**self.stage.masks, name: mask})
-        self.parameters = (*self.parameters, ManagedParameter(name, stores_mask=self.stores_masks))
-        return self.parameters[-1]
+        if known is None:
+            known = ManagedParameter(name, stores_mask=self.stores_masks)
+            self.stage = replace(self.stage, masks={**self.stage.masks, name: mask})
+            self.parameters = (*self.parameters, known)
+        return known
+
+
+def _weak(thing: Any) -> Callable[[], Any]:
+    """What gives the thing for as long as it lives, and then None, as it does where there is none."""
+    return (lambda: None) if thing is None else weakref.ref(thing)

@@ -36,10 +36,10 @@ class Updates:
         """The optimizer's step is about to use gradients that have the penalty in them."""
         self._begun = id(optimizer)
 
-    def complete(self, optimizer: Optimizer) -> None:
-        """The optimizer's step is over."""
+    def complete(self, optimizer: Optimizer) -> bool:
+        """The optimizer's step is over; returns whether it was an update."""
         if self._begun != id(optimizer):
-            return
+            return False
         self._begun = None
         self.by[id(optimizer)] += 1
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler where a fused optimizer skips the step
@@ -47,6 +47,7 @@ class Updates:
             self.note()
         else:
             self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+        return True
 
     def note(self) -> None:
         """An update has applied the penalty."""
@@ -68,17 +69,17 @@ class Updates:
         self.ever = self.ever or self.pending
         return self.pending
 
-    def begin_step(self, *, pending: bool = False) -> None:
-        """Begin the next scheduler step; ``pending`` as a saved state says."""
+    def begin_step(self) -> None:
+        """Begin the next scheduler step."""
         # What apply_penalty() has done may be of an update that is still on its way.
         self.number += self.pending and not self.silenced
-        self.serial_at_step, self.silenced, self.pending = self.serial, False, pending
-        self.ever = self.ever or pending
+        self.serial_at_step, self.silenced, self.pending = self.serial, False, False
         self.by.clear()
         self._begun = None
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
         self.number += 1
-        self.begin_step(pending=pending)
-        self.ever, self._found_inf, self._outcomes, self._void = pending, None, [], 0
+        self.begin_step()
+        self.pending = self.ever = pending
+        self._found_inf, self._outcomes, self._void = None, [], 0

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._engine import optimizer_hooks
 from .._engine.graph_capture import is_capturing
-from .._engine.optimizer_hooks import steps_elsewhere
 from .._engine.parameter import ManagedParameter
 from .._engine.stage import Phase
 from .._engine.ticket import Ticket
@@ -50,9 +50,10 @@ class MissingPenalty:
         if not ticket.updates.ever:
             self._idle_steps += 1
             if self._idle_steps == 1:
-                self._elsewhere = steps_elsewhere()
+                self._elsewhere = optimizer_hooks.steps_elsewhere
             reads = self._idle_steps in _LOOKS  # what is written through .data counts no versions
-            follows_others = steps_elsewhere() - self._elsewhere >= self._idle_steps - 1  # each step one of theirs
+            elsewhere = optimizer_hooks.steps_elsewhere - self._elsewhere
+            follows_others = elsewhere >= self._idle_steps - 1  # each step one of theirs
             is_overdue = self._idle_steps >= (_LOOKS[-1] if follows_others else _IDLE_STEPS)
         changed: list[str] = []
         sample = {name: values for name, values in self._sample.items() if name in self._versions}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ class ManagedMasks(TableInNotebooks):
     def __setstate__(self, state: dict[str, Any]) -> None:
         stage = state.pop("stage")
         self.__dict__.update(state)
-        self._ticket.serve(self, self._model)
+        self._ticket.scheduler, self._ticket.model = weakref.ref(self), weakref.ref(self._model)
         self._ticket.stage = stage
 
     def __repr__(self) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._engine.layer_hook import managed_parameters
+from .._engine.optimizer_hooks import tickets
+from .._engine.stage import Phase
 from .._engine.ticket import Ticket
 from .._model.names import unwrapped_modules
 from .._model.targets import Target
@@ -77,6 +78,12 @@ def check_unmanaged(targets: list[Target]) -> None:
                 " where no name reaches them, as for a copied model, torch_dual_ticket.release(model); or leave the"
                 f" layer out, with exclude=[{target.layer_name!r}] or by giving no mask for it."
             )
+
+
+def managed_parameters() -> set[int]:
+    """The ids of the parameters that tickets in this process manage."""
+    working = [ticket for ticket in tickets() if ticket.phase is not Phase.IDLE]
+    return {id(tensor) for ticket in working for _, tensor in ticket.managed()}
 
 
 def check_alone(what: str, others: Mapping[str, bool]) -> None:

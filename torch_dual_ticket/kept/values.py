@@ -61,7 +61,7 @@ class KeptValues(Ticket):
             weight.give_back(parameter)
         ticket.enforcement = Enforcement()
 
-    def before_update(self, batch: Batch, optimizer: Optimizer | None = None) -> None:
+    def before_update(self, batch: Batch, optimizer: Optimizer) -> None:
         ticket = self._of()
         if ticket is None or values_of(ticket) is not self or not ticket.holds:
             raise RuntimeError(
@@ -128,7 +128,7 @@ class KeptEnforcement(Enforcement):
         if managed.name in self.values.weights:
             self.values.weights[managed.name].connect(parameter)
 
-    def check_update(self, batch: Batch, optimizer: Optimizer | None) -> None:
+    def check_update(self, batch: Batch, optimizer: Optimizer) -> None:
         raise RuntimeError(
             f"this {type(optimizer).__name__} has {batch[0][0].name}, whose gradients KeptParameters takes: it would"
             " change nothing. Build it on kept.parameters(); or call kept.remove() to go on with all weights."
