@@ -15,6 +15,7 @@ import tempfile
 import networks
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would keep
 import torch.nn.functional as F
 from measuring import arguments, as_if_alone, machine, ratios, spread, table
 from torch import nn
@@ -126,8 +127,9 @@ def send(rank, store, result, sparsity, device):
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     build, shape = NETWORKS["ResNet-50"]
     torch.manual_seed(0)
-    model = DistributedDataParallel(build().to(device))
-    held = random_ticket(model, sparsity, seed=0, targets=TARGETS)
+    network = build().to(device)
+    model = DistributedDataParallel(network)
+    held = random_ticket(network, sparsity, seed=0, targets=TARGETS)
     model.register_comm_hook(held, kept_allreduce_hook)
     sent, all_reduce = [], dist.all_reduce
 
@@ -139,7 +141,8 @@ def send(rank, store, result, sparsity, device):
     model(torch.randn(2, *shape[1:], device=device)).sum().backward()
     if rank == 0:
         torch.save((sum(parameter.nbytes for parameter in model.parameters()), sum(sent)), result)
-    all_reduce(torch.zeros(1, device=device))  # the ranks meet: dist.barrier() can abort here
+    dist.barrier()  # a rank that ends while another still needs its connection can crash
+    del model  # which keeps the group, and its threads, alive
     dist.destroy_process_group()
 
 

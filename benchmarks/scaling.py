@@ -15,6 +15,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would keep
 import torch.multiprocessing
 from measuring import arguments, as_if_alone, machine, table
 from torch import nn

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would keep
 from comparison.cells import Cell
 from comparison.data import contents
 from comparison.engines import choose
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
             progress.console.print(report.markdown(), soft_wrap=True, highlight=False, markup=False)
             progress.console.print(f"table.md, table.csv, picture.png and records.jsonl are in {options.out}")
     if is_distributed:
-        dist.all_gather_object([None] * dist.get_world_size(), None)  # the ranks meet: dist.barrier() can abort here
+        dist.barrier()  # a rank that ends while another still needs its connection can crash
         dist.destroy_process_group()
 
 

@@ -328,7 +328,7 @@ if __name__ == "__main__":
     assert callback.scheduler.phase == "finetune"
     if trainer.is_global_zero:
         torch.save([callback.scheduler.seed, module.net.state_dict()], sys.argv[1])
-    torch.distributed.all_reduce(torch.zeros(1))  # a rank that ends while the other needs its connection can abort
+    torch.distributed.barrier()  # a rank that ends while the other still needs its connection can abort
     del callback, module, trainer  # they refer to the group
     gc.collect()
     torch.distributed.destroy_process_group()

@@ -296,7 +296,7 @@ trainer.train()
 assert callback.scheduler.phase == "finetune"
 if trainer.args.process_index == 0:
     torch.save([callback.scheduler.seed, trainer.model.state_dict()], f"{sys.argv[1]}/end.pt")
-torch.distributed.all_reduce(torch.zeros(1))  # a rank that ends while the other needs its connection can abort
+torch.distributed.barrier()  # a rank that ends while the other still needs its connection can abort
 del callback, trainer  # they refer to the group
 gc.collect()
 torch.distributed.destroy_process_group()
