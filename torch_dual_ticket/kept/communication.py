@@ -30,7 +30,8 @@ def kept_allreduce_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[
 
     Args:
         state: the :class:`torch_dual_ticket.RSTScheduler`, or what :mod:`torch_dual_ticket.baselines` returned; it may
-            change its masks.
+            change its masks. Build it on the model inside ``DistributedDataParallel``, which keeps what is registered:
+            Python cannot free a state that leads back to it.
         bucket: given by ``DistributedDataParallel``.
 
     Raises:
@@ -44,7 +45,7 @@ def kept_allreduce_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[
         ...     store = dist.FileStore(os.path.join(folder, "store"), 1)
         ...     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         ...     ddp = nn.parallel.DistributedDataParallel(nn.Linear(8, 4))
-        ...     ddp.register_comm_hook(random_ticket(ddp, 0.75), kept_allreduce_hook)
+        ...     ddp.register_comm_hook(random_ticket(ddp.module, 0.75), kept_allreduce_hook)
         ...     ddp(torch.randn(2, 8)).sum().backward()
         ...     dist.destroy_process_group()
         >>> int(ddp.module.weight.grad.count_nonzero())
