@@ -15,18 +15,6 @@ from torch_dual_ticket.export import read_ticket
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-SHORT = [
-    "accelerate_loop",
-    "amp_accumulation_clipping",
-    "ddp",
-    "fsdp2",
-    "huggingface_trainer",
-    "kept_transformer",
-    "lightning_trainer",
-    "shrink_digits",
-    "train",
-    "two_to_four",
-]
 DIGITS_LAYERS = {"0.weight": 19_200, "2.weight": 30_000}
 
 
@@ -57,11 +45,6 @@ def accuracy_in(printed):
 def assert_pruned(state, sizes, sparsity):
     for name, size in sizes.items():
         assert int((state[name] == 0).sum()) == round(sparsity * size), name
-
-
-def test_they_are_short():
-    lengths = {name: len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in SHORT}
-    assert [name for name, length in lengths.items() if length >= 80] == []
 
 
 @pytest.mark.parametrize("name", ["amp_accumulation_clipping", "accelerate_loop"])
