@@ -8,6 +8,7 @@ from models import finalize_quietly
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket._rst import loop_warnings
 from torch_dual_ticket.baselines import GradualPruning
 
 SAID = r"0\.weight was given weights with \d\d% of their norm where it is masked"
@@ -119,6 +120,13 @@ def test_nothing_is_said_where_nothing_is_lost(use):
 def test_nothing_is_said_of_weights_that_the_penalty_has_emptied():
     model, _, nearly_sparse = trained(steps=60, max_penalty=5.0)
     model.load_state_dict(nearly_sparse)
+    evaluate(model)
+
+
+def test_no_weight_is_read_while_a_graph_is_captured(monkeypatch):
+    model, _, dense = trained()
+    model.load_state_dict(dense)
+    monkeypatch.setattr(loop_warnings, "is_capturing", lambda: True)
     evaluate(model)
 
 

@@ -226,9 +226,9 @@ def _lever(ticket: Ticket) -> str:
 def _is_limited_by_momentum(group: Mapping[str, Any], product: float, updates: int) -> bool:
     """Whether no penalty could have emptied the weights in so many updates of SGD, and a higher one would not help.
 
-    An update leaves √momentum of a weight at least, from a damped lr·λ of (1 - √momentum)² on: a ramp is beyond that
-    for most of its time where it ends at ten times as much. But the first half turn of the swing that weights are in
-    there is the shorter, the higher the penalty is.
+    An update leaves at least √momentum of a weight. It leaves no more than that once lr·λ, damped, has reached
+    (1 - √momentum)²; a ramp that ends at ten times as much is beyond it for most of its time. There weights oscillate,
+    and a higher penalty still helps in their first half period, which it shortens.
     """
     least, damped = math.sqrt(group["momentum"]), product * (1 - group["dampening"])
     if group["nesterov"] or least**updates <= MAX_RESIDUAL:
