@@ -224,3 +224,17 @@ def test_a_step_without_gradients_after_one_that_was_skipped():
     optimizer.step()
     rst.step()
     assert rst.progress == 0.0
+
+
+@pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
+def test_a_scale_that_half_precision_does_not_hold(build):
+    """The penalty on scaled gradients is λ·scale·w, of which float16 holds the result and not the first two factors."""
+    model = make(build, dtype=torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)  # which undoes the scale in the gradients
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    rst = RSTScheduler(model, 0.5, steps=1, seed=0)
+    expected = {name: model.get_parameter(name) * ~mask for name, mask in rst.masks.items()}
+    (0 * scaler.scale(loss_of(model, 0, INPUT_SHAPES[build], dtype=torch.float16))).backward()
+    scaler.step(optimizer)
+    for name, penalty in expected.items():
+        assert torch.equal(model.get_parameter(name).grad, penalty)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -185,6 +186,26 @@ def test_what_a_hook_of_the_optimizer_returns_counts():
     with pytest.raises(RuntimeError, match="must return None or a tuple"):
         optimizer.step()
     assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), before, strict=True))
+
+
+def test_clipping_leaves_the_hooks_on_gradients_where_they_are():
+    """It changes gradients after those hooks, and does not say that one is missing: to register it again is slow."""
+    model, rst, optimizer = hooked(0)
+    update(model, rst, optimizer)
+    with warnings.catch_warnings():  # nothing was squeezed out in one update
+        warnings.simplefilter("ignore")
+        rst.finalize()
+    hooks = [list(model.get_parameter(name)._post_accumulate_grad_hooks) for name in rst.masks]
+    for index in range(3):
+        optimizer.zero_grad()
+        loss_of(model, index, INPUT_SHAPES[mlp]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        with torch.no_grad():
+            for name, mask in rst.masks.items():
+                model.get_parameter(name).grad[~mask] = 1.0  # neither does this, and it must not reach the update
+        optimizer.step()
+        assert all(int(model.get_parameter(name).grad[~mask].count_nonzero()) == 0 for name, mask in rst.masks.items())
+    assert hooks == [list(model.get_parameter(name)._post_accumulate_grad_hooks) for name in rst.masks]
 
 
 def test_clipping_before_the_first_step_of_a_finalized_model():

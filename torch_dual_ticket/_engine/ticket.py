@@ -22,7 +22,7 @@ from .call_stack import in_functional_call
 from .enforcement import Enforcement
 from .gradient_hook import gradient_hook, register
 from .graph_capture import CapturedPenalty
-from .parameter import ManagedParameter, is_treated, stamp_of
+from .parameter import MARK, ManagedParameter, is_treated, stamp_of
 from .penalty import add_penalty
 from .stage import Phase, Stage
 from .updates import Updates
@@ -232,9 +232,10 @@ class Ticket:
         """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
         self.enforcement.check_update(batch, optimizer)
         update = self.updates.number
-        missed = [(one, p) for one, p in batch if (grad := p.grad) is not None and not is_treated(grad, update)]
-        for one, parameter in missed:
-            self.connect(one, parameter)
+        missed = [(one, p, g) for one, p in batch if (g := p.grad) is not None and not is_treated(g, update)]
+        for one, parameter, grad in missed:
+            if MARK not in grad.__dict__:  # else the hook is there: the gradient was changed since, by clipping, say
+                self.connect(one, parameter)
         if missed:
             self.mask_gradients(batch)
 
