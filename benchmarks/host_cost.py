@@ -3,8 +3,8 @@
 The weights are so small that kernels take no time; only ResNet-20 is as it is. Ways: dense; this library in the
 transformation and in finetuning; ``torch.nn.utils.prune`` with the same masks; for comparison, hooks that do nothing:
 one before the forward of each masked layer, and one on its gradient. Microseconds are for one masked layer and one
-step: what the dense step takes, and what each other way adds to it, in all and in each phase. On a CPU they are the
-time of the thread, which does not count while other processes have the core.
+step: what the dense step takes, and what each other way adds to it, in all and in each phase; clipping is in
+``optimizer.step()``. On a CPU it is the time of the thread, which does not count while other processes have the core.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ OPTIMIZERS = {
     "SGD foreach": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, foreach=True),
     "AdamW fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
     "AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, foreach=True),
+    "AdamW fused, clipped": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
 }
 WARM_UP = 5  # rounds
 
@@ -113,6 +114,8 @@ def make_step(way, network, optimizer_name, masks, device):
         times.append(clock())
         loss.backward()
         times.append(clock())
+        if optimizer_name.endswith("clipped"):
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         times.append(clock())
         if rst is not None:
