@@ -453,3 +453,25 @@ def test_apply_penalty_puts_zeros_and_gradients_right_in_finetuning():
         weight = model.get_parameter(name)
         assert torch.equal(weight != 0, kept)
         assert torch.equal(weight.grad != 0, kept)
+
+
+def test_what_changes_all_weights_in_place_costs_one_look_at_them_all():
+    """The first forward puts all zeros back, and no hook is registered anew: both would be slow, layer by layer."""
+    model = make(mlp)
+    rst = RSTScheduler(model, sparsity=0.5, seed=0, steps=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, 0, SHAPE).backward()
+    optimizer.step()
+    finalize_quietly(rst)
+    hooks = [list(model.get_parameter(name)._post_accumulate_grad_hooks) for name in rst.masks]
+    untouched = {name: model.get_parameter(name)._version for name in rst.masks}.popitem()
+    with torch.no_grad():
+        for name in list(rst.masks)[:-1]:
+            model.get_parameter(name).add_(1.0)
+    model[0](torch.zeros(1, 12, dtype=torch.float64))
+    for name, mask in rst.masks.items():
+        weight = model.get_parameter(name)
+        assert int(weight[~mask].count_nonzero()) == 0
+        assert int(weight[mask].count_nonzero()) == int(mask.sum())
+    assert hooks == [list(model.get_parameter(name)._post_accumulate_grad_hooks) for name in rst.masks]
+    assert (untouched[0], model.get_parameter(untouched[0])._version) == untouched

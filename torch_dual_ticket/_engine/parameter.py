@@ -116,6 +116,11 @@ class ManagedParameter:
         """Whether the tensor is the one whose masked weights were set to zero, and unchanged since."""
         return self.stamp == stamp_of(parameter)
 
+    def is_changed(self, parameter: Tensor) -> bool:
+        """Whether the tensor is the one whose masked weights were set to zero, and was changed in place since."""
+        known, now = self.stamp, stamp_of(parameter)
+        return known is not None and known[:2] == now[:2] and known[2] < now[2]  # one that was swapped begins anew
+
     def squared_norms(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
         """The sums of squares of the masked weights and of all weights in this process's shard."""
         weight = local(parameter).detach()

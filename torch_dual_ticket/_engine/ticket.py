@@ -268,14 +268,20 @@ class Ticket:
             return
         managed.check_kind(parameter)
         is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
-        if is_known or not in_functional_call():
-            if self._before_restoring is not None and not is_clean:
-                self._before_restoring(self, managed, parameter)
-            self.zero(Batch([(managed, parameter)]))
-            if not is_clean:  # else the gradients have been taken care of, as far as can be told
-                self._managed = Batch([])
-                self.connect(managed, parameter)  # a tensor that was swapped can have the address of the one before
-                self.mask_gradients(Batch([(managed, parameter)]))
+        if not is_known and in_functional_call():
+            return
+        changed = Batch([(managed, parameter)])
+        if is_changed := managed.is_changed(parameter):  # others probably, too: a weight decay of its own, say
+            together = self.managed()
+            changed = together.where(one.is_changed(tensor) for one, tensor in together)
+        if self._before_restoring is not None and not is_clean:
+            for entry in changed:
+                self._before_restoring(self, *entry)
+        self.zero(changed)
+        if not (is_clean or is_changed):  # else the gradients have been taken care of, as far as can be told
+            self._managed = Batch([])
+            self.connect(managed, parameter)  # a tensor that was swapped can have the address of the one before
+            self.mask_gradients(changed)
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 
