@@ -79,20 +79,6 @@ def test_state_loaded_by_swapping_after_finalize(way):
     assert torch.equal(layer.weight.grad != 0, rst.masks["weight"])
 
 
-def test_gradient_hooks_that_somebody_takes_off_the_parameter():
-    """The next update puts ours back; likewise on another parameter that has got the memory of the one before."""
-    layer = nn.Linear(6, 4)
-    rst = scheduler_of(layer)
-    transformed(layer, rst)
-    finalize_quietly(rst)
-    layer.weight._post_accumulate_grad_hooks.clear()
-    optimizer = sgd(layer)
-    update(layer, rst, optimizer)
-    optimizer.zero_grad()
-    loss_of(layer(X.float())).backward()
-    assert torch.equal(layer.weight.grad != 0, rst.masks["weight"])
-
-
 def test_a_parameter_that_outlives_its_layer_and_goes_into_another():
     """It still has the gradient hook of a ticket that is gone, and its zeros are not held any more."""
     layer = nn.Linear(6, 4)

@@ -22,7 +22,7 @@ from .call_stack import in_functional_call
 from .enforcement import Enforcement
 from .gradient_hook import gradient_hook, register
 from .graph_capture import CapturedPenalty
-from .parameter import MARK, ManagedParameter, is_treated, stamp_of
+from .parameter import ManagedParameter, is_treated, stamp_of
 from .penalty import add_penalty
 from .stage import Phase, Stage
 from .updates import Updates
@@ -229,14 +229,10 @@ class Ticket:
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
 
     def before_update(self, batch: Batch, optimizer: Optimizer) -> None:
-        """Mask what the hooks on the gradients have missed: theirs is gone, or no backward() made the gradients."""
+        """Mask gradients that no backward() has made, or that were changed since, as by clipping."""
         self.enforcement.check_update(batch, optimizer)
         update = self.updates.number
-        missed = [(one, p, g) for one, p in batch if (g := p.grad) is not None and not is_treated(g, update)]
-        for one, parameter, grad in missed:
-            if MARK not in grad.__dict__:  # else the hook is there: the gradient was changed since, by clipping, say
-                self.connect(one, parameter)
-        if missed:
+        if any((grad := one.grad) is not None and not is_treated(grad, update) for _, one in batch):
             self.mask_gradients(batch)
 
     def after_update(self, batch: Batch) -> None:
