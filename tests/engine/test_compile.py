@@ -334,6 +334,22 @@ def test_export_during_the_transformation_is_that_of_the_dense_model():
     assert torch.allclose(program.module()(x), lives.model(x), rtol=1e-12)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export_is_not_taken_for_the_first_forward_of_an_evaluation(strict):
+    """That one is what masks weights that were exchanged through ``.data``."""
+    lives = Lives(SmallNetwork)
+    lives.schedule(lives.model)
+    lives.go_on(lives.model, END)
+    for parameter in lives.model.parameters():
+        parameter.data.add_(1.0)
+    lives.model.eval()
+    x, _ = batch(0, lives.shape)
+    torch.export.export(lives.model, (x,), strict=strict)
+    lives.model(x)
+    for name, kept in lives.rst.masks.items():
+        assert int(lives.model.get_parameter(name)[~kept].count_nonzero()) == 0
+
+
 def test_shapes_under_a_fake_mode():
     """A finalized model that runs on tensors without values, as memory planners do and torch.export on torch 2.6."""
     lives = Lives(SmallNetwork)
