@@ -510,6 +510,30 @@ def test_functional_call_with_the_models_own_parameters_keeps_zeros():
         assert (model.get_parameter(name)[~kept] == 0).all()
 
 
+def test_functional_call_with_one_tensor_after_another_weight_has_changed():
+    """As noise on a weight, and gradients of each example for a layer: what is lent has no zeros, and perhaps no memory."""
+    model, rst = finalized()
+    x, y = batch(0, SHAPE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(torch.func.functional_call(model, {"0.weight": weight}, (x,)), y)
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model[0].weight + 0.01, x, y).backward()
+        for name, kept in rst.masks.items():
+            assert (model.get_parameter(name).grad[~kept] == 0).all()
+        optimizer.step()
+        with torch.no_grad():
+            model[2].weight.add_(1)
+        each = torch.vmap(torch.func.grad(loss), (None, 0, 0))(model[0].weight.detach(), x[:, None], y[:, None])
+        assert each.shape == (len(x), *model[0].weight.shape)
+        assert (model[2].weight[~rst.masks["2.weight"]] == 0).all()
+        with torch.no_grad():
+            model[2].weight.add_(1)
+
+
 def test_gradients_of_functions_of_the_parameters():
     """``torch.func`` on a finalized model: gradients and an ensemble, over tensors that are the caller's."""
     model, _ = finalized()

@@ -69,7 +69,6 @@ class Lookup:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._tickets, self._contents = _tickets, _contents_of(optimizer)
-        self.own = _own(optimizer) if _parts(optimizer) else None  # else all are its own
         self.found = [(weakref.ref(t), held := _held(t, optimizer), _ids(t, held)) for t in tickets()]
 
     def is_current(self, optimizer: Optimizer) -> bool:
@@ -94,9 +93,9 @@ def _ids(ticket: Ticket, held: Batch) -> list[int]:
     return [id(managed.tensor()) for managed in (ticket.parameters if held else ticket.parameters[:1])]
 
 
-def _contents_of(optimizer: Optimizer) -> tuple[int, list[tuple[int, list[int]]]]:
-    """How many attributes it has, and its groups and their parameters: by id, so that none of them is kept alive."""
-    return len(vars(optimizer)), [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
+def _contents_of(optimizer: Optimizer) -> list[tuple[int, list[int]]]:
+    """Its groups and their parameters, which may be exchanged in place; by id, so that none of them is kept alive."""
+    return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
 def groups_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
@@ -121,7 +120,8 @@ def _begin_update(found: Found, optimizer: Optimizer) -> Found:
             ticket.before_update(held, optimizer)
         elif not ticket.updates.silenced and (ticket.optimizer is None or _is_part(optimizer, ticket.optimizer())):
             due.append((ticket, held))
-    if due and (own := _lookups[optimizer].own) is not None:
+    if due and _parts(optimizer):
+        own = _own(optimizer)
         due = [(ticket, held.where(id(tensor) in own for _, tensor in held)) for ticket, held in due]
     return due
 

@@ -118,8 +118,13 @@ class ManagedParameter:
 
     def is_changed(self, parameter: Tensor) -> bool:
         """Whether the tensor is the one whose masked weights were set to zero, and was changed in place since."""
-        known, now = self.stamp, stamp_of(parameter)
-        return known is not None and known[:2] == now[:2] and known[2] < now[2]  # one that was swapped begins anew
+        known = self.stamp
+        if (
+            known is None or known[0] != parameter._cdata or parameter.is_meta
+        ):  # what functional_call lends has no memory
+            return False
+        now = stamp_of(parameter)
+        return known[1] == now[1] and known[2] < now[2]  # the version of one that was swapped begins anew
 
     def squared_norms(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
         """The sums of squares of the masked weights and of all weights in this process's shard."""

@@ -267,9 +267,9 @@ class Ticket:
         if not is_known and in_functional_call():
             return
         changed = Batch([(managed, parameter)])
-        if is_changed := managed.is_changed(parameter):  # others probably, too: a weight decay of its own, say
-            together = self.managed()
-            changed = together.where(one.is_changed(tensor) for one, tensor in together)
+        if is_changed := managed.is_changed(parameter):  # others probably, too: they are clipped, or updated by hand
+            found = ((one, one.tensor()) for one in self.parameters)
+            changed = Batch([(one, tensor) for one, tensor in found if tensor is not None and one.is_changed(tensor)])
         if self._before_restoring is not None and not is_clean:
             for entry in changed:
                 self._before_restoring(self, *entry)
