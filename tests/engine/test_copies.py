@@ -511,7 +511,7 @@ def test_functional_call_with_the_models_own_parameters_keeps_zeros():
 
 
 def test_functional_call_with_one_tensor_after_another_weight_has_changed():
-    """As noise on a weight, and gradients of each example for a layer: what is lent has no zeros, and perhaps no memory."""
+    """As noise on a weight, and gradients of each example: what is lent has no zeros, and perhaps no memory."""
     model, rst = finalized()
     x, y = batch(0, SHAPE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
