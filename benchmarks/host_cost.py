@@ -3,8 +3,8 @@
 The weights are so small that kernels take no time; only ResNet-20 is as it is. Ways: dense; this library in the
 transformation and in finetuning; ``torch.nn.utils.prune`` with the same masks; for comparison, hooks that do nothing:
 one before the forward of each masked layer, and one on its gradient. Microseconds are for one masked layer and one
-step: what the dense step takes, and what each other way adds to it, in all and in each phase; clipping is in
-``optimizer.step()``. On a CPU it is the time of the thread, which does not count while other processes have the core.
+step: what the dense step takes, and what each other way adds to it, in all and in each phase. Clipping is counted as a
+part of ``optimizer.step()``. On a CPU the time is that of the thread, which stands while other processes have the core.
 """
 
 from __future__ import annotations

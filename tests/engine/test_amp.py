@@ -228,7 +228,7 @@ def test_a_step_without_gradients_after_one_that_was_skipped():
 
 @pytest.mark.parametrize("build", [mlp, wide], ids=lambda build: build.__name__)
 def test_a_scale_that_half_precision_does_not_hold(build):
-    """The penalty on scaled gradients is λ·scale·w, of which float16 holds the result and not the first two factors."""
+    """float16 can hold the penalty λ·scale·w on scaled gradients, but not λ·scale; λ is 1 here."""
     model = make(build, dtype=torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)  # which undoes the scale in the gradients
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

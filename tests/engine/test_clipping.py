@@ -189,7 +189,7 @@ def test_what_a_hook_of_the_optimizer_returns_counts():
 
 
 def test_clipping_leaves_the_hooks_on_gradients_where_they_are():
-    """It changes gradients after those hooks, and does not say that one is missing: to register it again is slow."""
+    """A gradient that was changed after its hook ran is masked again; the hook stays, as registering it is slow."""
     model, rst, optimizer = hooked(0)
     update(model, rst, optimizer)
     with warnings.catch_warnings():  # nothing was squeezed out in one update
@@ -202,7 +202,7 @@ def test_clipping_leaves_the_hooks_on_gradients_where_they_are():
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         with torch.no_grad():
             for name, mask in rst.masks.items():
-                model.get_parameter(name).grad[~mask] = 1.0  # neither does this, and it must not reach the update
+                model.get_parameter(name).grad[~mask] = 1.0  # as noise does; it must not reach the update
         optimizer.step()
         assert all(int(model.get_parameter(name).grad[~mask].count_nonzero()) == 0 for name, mask in rst.masks.items())
     assert hooks == [list(model.get_parameter(name)._post_accumulate_grad_hooks) for name in rst.masks]

@@ -511,7 +511,7 @@ def test_functional_call_with_the_models_own_parameters_keeps_zeros():
 
 
 def test_functional_call_with_one_tensor_after_another_weight_has_changed():
-    """As noise on a weight, and gradients of each example: what is lent has no zeros, and perhaps no memory."""
+    """As noise on a weight, and gradients of each example: what is lent has no zeros, and perhaps no storage."""
     model, rst = finalized()
     x, y = batch(0, SHAPE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -531,7 +531,7 @@ def test_functional_call_with_one_tensor_after_another_weight_has_changed():
         assert each.shape == (len(x), *model[0].weight.shape)
         assert (model[2].weight[~rst.masks["2.weight"]] == 0).all()
         with torch.no_grad():
-            model[2].weight.add_(1)
+            model[2].weight.add_(1)  # before the call with noise
 
 
 def test_gradients_of_functions_of_the_parameters():

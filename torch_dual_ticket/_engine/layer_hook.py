@@ -39,7 +39,7 @@ class LayerHook(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: Any, keep_vars: bool | None = None) -> None:
         """Before a forward; and before a state_dict(), which alone gives ``keep_vars``."""
-        if is_compiling():  # first: compiled code would be made anew where what follows changes
+        if is_compiling():  # first: a trace is not a forward, and would be made anew where what follows changes
             return
         ticket = self.ticket
         if ticket.stage.phase is not _FINETUNE:

@@ -119,12 +119,11 @@ class ManagedParameter:
     def is_changed(self, parameter: Tensor) -> bool:
         """Whether the tensor is the one whose masked weights were set to zero, and was changed in place since."""
         known = self.stamp
-        if (
-            known is None or known[0] != parameter._cdata or parameter.is_meta
-        ):  # what functional_call lends has no memory
+        # Asked first: what functional_call lends may be a wrapper without memory, whose address cannot be asked for.
+        if known is None or known[0] != parameter._cdata or parameter.is_meta:
             return False
         now = stamp_of(parameter)
-        return known[1] == now[1] and known[2] < now[2]  # the version of one that was swapped begins anew
+        return known[1] == now[1] and known[2] < now[2]  # a tensor that was swapped in begins with a low version
 
     def squared_norms(self, mask: Mask, parameter: Tensor, *, holds: bool) -> Tensor:
         """The sums of squares of the masked weights and of all weights in this process's shard."""

@@ -229,10 +229,10 @@ class Ticket:
             one.shard = None if type(parameter) is nn.Parameter or not is_sharded(parameter) else parameter
 
     def before_update(self, batch: Batch, optimizer: Optimizer) -> None:
-        """Mask gradients that no backward() has made, or that were changed since, as by clipping."""
+        """Mask gradients that were assigned, or changed after they had been masked, as by clipping."""
         self.enforcement.check_update(batch, optimizer)
         update = self.updates.number
-        if any((grad := one.grad) is not None and not is_treated(grad, update) for _, one in batch):
+        if any((grad := tensor.grad) is not None and not is_treated(grad, update) for _, tensor in batch):
             self.mask_gradients(batch)
 
     def after_update(self, batch: Batch) -> None:
@@ -266,18 +266,22 @@ class Ticket:
         is_known = managed.stamp is None or managed.stamp[0] == parameter._cdata
         if not is_known and in_functional_call():
             return
-        changed = Batch([(managed, parameter)])
-        if is_changed := managed.is_changed(parameter):  # others probably, too: they are clipped, or updated by hand
-            found = ((one, one.tensor()) for one in self.parameters)
-            changed = Batch([(one, tensor) for one, tensor in found if tensor is not None and one.is_changed(tensor)])
+        is_changed = managed.is_changed(parameter)
+        changed = self._changed_in_place() if is_changed else Batch([(managed, parameter)])
         if self._before_restoring is not None and not is_clean:
             for entry in changed:
                 self._before_restoring(self, *entry)
+        if is_replaced := not (is_clean or is_changed):
+            # zero() connects the hook of a new tensor: one that was swapped in can have the address of the one before.
+            managed.stamp, self._managed = None, Batch([])
         self.zero(changed)
-        if not (is_clean or is_changed):  # else the gradients have been taken care of, as far as can be told
-            self._managed = Batch([])
-            self.connect(managed, parameter)  # a tensor that was swapped can have the address of the one before
+        if is_replaced:
             self.mask_gradients(changed)
+
+    def _changed_in_place(self) -> Batch:
+        """All that were: what updates weights by hand, or clips them, does not stop at one."""
+        found = ((one, one.tensor()) for one in self.parameters)
+        return Batch([(one, tensor) for one, tensor in found if tensor is not None and one.is_changed(tensor)])
 
     # -- scheduler steps -----------------------------------------------------------------------------------------------
 

@@ -43,10 +43,10 @@ def add_scaled_(pieces: Iterable[tuple[Tensor, Tensor, Tensor]], factor: float |
         if isinstance(factor, Tensor):
             wide = weight.dtype if weight.itemsize > 2 else torch.float32  # float16 does not hold a loss scale
             if (weight.device, wide) not in factors:
-                # With a dimension: the dtype of a tensor without one does not count in products.
+                # With a dimension: in a product the dtype of a tensor without one gives way to that of the other.
                 factors[weight.device, wide] = factor.to(weight.device, wide).view(1)
             for grad_part, weight_part, mask_part in chunks(grad, weight, mask):
-                scaled = factors[weight.device, wide].mul(mask_part).view(mask_part.shape)
+                scaled = factors[weight.device, wide].mul(mask_part).view(mask_part.shape)  # which may have none
                 grad_part.addcmul_(weight_part, scaled)
         elif mask.dtype is weight.dtype or not _on_cpu(weight):
             grad.addcmul_(weight, mask, value=factor)
