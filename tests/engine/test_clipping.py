@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 from lives import assert_same_life, updates
-from models import INPUT_SHAPES, batch, cnn, loss_of, make, mlp, transformer, wide
+from models import INPUT_SHAPES, batch, cnn, finalize_quietly, loss_of, make, mlp, transformer, wide
 from torch import nn
 
 from torch_dual_ticket import RSTScheduler
@@ -192,9 +191,7 @@ def test_clipping_leaves_the_hooks_on_gradients_where_they_are():
     """A gradient that was changed after its hook ran is masked again; the hook stays, as registering it is slow."""
     model, rst, optimizer = hooked(0)
     update(model, rst, optimizer)
-    with warnings.catch_warnings():  # nothing was squeezed out in one update
-        warnings.simplefilter("ignore")
-        rst.finalize()
+    finalize_quietly(rst)
     hooks = [list(model.get_parameter(name)._post_accumulate_grad_hooks) for name in rst.masks]
     for index in range(3):
         optimizer.zero_grad()
