@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 import weakref
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,6 +54,7 @@ def arguments(
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", "a transformation ended")  # what is measured ends midway
     return options
 
 
