@@ -172,7 +172,8 @@ class RSTScheduler(ManagedMasks):
         It advances only if an update applied the penalty since the last call, so a step that ``GradScaler`` skipped
         does not count. After :meth:`finalize` it does nothing. It warns where no update applies the penalty and, after
         a tenth of the schedule, where the penalty will not do what it is for. ``RuntimeError`` where a target is out of
-        reach (weight_norm has replaced it, say), or a CUDA graph is being captured.
+        reach (weight_norm has replaced it, say), a CUDA graph is being captured, or this is a copy, made during the
+        transformation, of a scheduler.
         """
         ticket, timeline = self._ticket, self._timeline
         if ticket.holds:
@@ -184,6 +185,8 @@ class RSTScheduler(ManagedMasks):
         if unpenalized:
             validation.check_reachable(ticket, stacklevel=3)
         if not ticket.parameters:
+            if not (ticket.is_released or ticket.detached):  # whatever has taken these away knows, or was told
+                validation.check_manages(ticket)
             return
         if not (self._steps or self._seed_is_given):
             check_not_joined(self._ranks)

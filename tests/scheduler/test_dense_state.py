@@ -108,9 +108,15 @@ def other_kept_weights(model, rst, dense):
     evaluate(model)
 
 
+def weights_elsewhere(model, rst, dense):
+    """As accelerate's offload has them, or a computation of shapes alone."""
+    model.to("meta").eval()
+    assert model(batch().to("meta")).is_meta
+
+
 @pytest.mark.parametrize(
     "use",
-    [sparse_checkpoint, weights_to_train_on_from, another_model, other_kept_weights],
+    [sparse_checkpoint, weights_to_train_on_from, another_model, other_kept_weights, weights_elsewhere],
     ids=lambda use: use.__name__,
 )
 def test_nothing_is_said_where_nothing_is_lost(use):

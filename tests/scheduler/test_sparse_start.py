@@ -128,7 +128,13 @@ def one_layer_begins_at_zero(model):
     model[0].weight.zero_()
 
 
-@pytest.mark.parametrize("edit", [few_zeros, one_layer_begins_at_zero])
+def layers_begin_as_the_identity(model):
+    """As in recurrent and residual networks, and so that the first layer alone would be enough for a warning."""
+    nn.init.eye_(model[0].weight).mul_(0.3)
+    nn.init.eye_(model[2].weight)
+
+
+@pytest.mark.parametrize("edit", [few_zeros, one_layer_begins_at_zero, layers_begin_as_the_identity])
 def test_zeros_that_are_no_ticket(edit):
     model = dense()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -20,7 +21,7 @@ class SparseStart:
     """Counts the zeros once, before the first update, and warns when the numbers are there."""
 
     def __init__(self) -> None:
-        self._counts: list[tuple[int, AsyncScalar]] = []  # of each parameter: size; non-zeros and norm
+        self._counts: list[tuple[int, AsyncScalar]] = []  # of each parameter: size; non-zeros, norms, largest weight
         self._sparsity = 0.0  # of the masks, then
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,8 +36,8 @@ class SparseStart:
         for managed, parameter in ticket.managed():
             weight = local(parameter)
             if weight.numel() and not weight.is_meta:
-                norm = managed.squared_norms(ticket.mask(managed), parameter, holds=False)[0]  # of the masked weights
-                counts = torch.stack([weight.count_nonzero().to(norm), norm])
+                norms = managed.squared_norms(ticket.mask(managed), parameter, holds=False)  # of masked, and of all
+                counts = torch.stack([weight.count_nonzero().to(norms), *norms, weight.abs().amax().to(norms)])
                 self._counts.append((weight.numel(), AsyncScalar(counts)))
 
     def speak(self) -> None:
@@ -45,8 +46,9 @@ class SparseStart:
             return
         layers = [(size, *counts.values.tolist()) for size, counts in self._counts]
         self._counts = []
-        layers = [layer for layer in layers if layer[1]]  # one that is zero altogether is initialized so
-        size, nonzero, norm = map(sum, zip(*layers, strict=True)) if layers else (1, 1, 1)
+        # One that is zero altogether is initialized so, as is one whose other weights are equal: the identity.
+        layers = [layer for layer in layers if not math.isclose(layer[1] * layer[4] ** 2, layer[3], rel_tol=1e-5)]
+        size, nonzero, norm, *_ = map(sum, zip(*layers, strict=True)) if layers else (1, 1, 1)
         if 1 - nonzero / size < _SHARE * self._sparsity:
             return
         fits = " They are at this scheduler's masks, so it is its own ticket." if not norm else ""
