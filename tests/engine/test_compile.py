@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from models import SmallTransformer, assert_same, batch, finalize_quietly, loss_of, make, twins
+from models import INPUT_SHAPES, SmallTransformer, assert_same, batch, finalize_quietly, loss_of, make, mlp, twins
 from reference import ExplicitLoop
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from torch_dual_ticket import RSTScheduler
+from torch_dual_ticket.baselines import random_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -322,6 +323,18 @@ def test_export_of_a_finalized_model_is_that_of_a_plain_model_with_zeros(build, 
     assert torch.allclose(program.module()(x), plain(x), rtol=1e-12)
     lives.go_on(lives.model.train(), END + 1)
     lives.assert_same()
+
+
+def test_export_of_weights_loaded_since_the_last_forward():
+    """The program has them as they are, unless a forward or a state_dict() has put the zeros back."""
+    model = make(mlp)
+    dense = copy.deepcopy(model.state_dict())
+    held = random_ticket(model, 0.5, seed=0)
+    model.load_state_dict(dense)
+    x = (batch(0, INPUT_SHAPES[mlp])[0],)
+    assert torch.equal(torch.export.export(model, x).state_dict["0.weight"], dense["0.weight"])
+    model.state_dict()
+    assert torch.equal(torch.export.export(model, x).state_dict["0.weight"] != 0, held.masks["0.weight"])
 
 
 def test_export_during_the_transformation_is_that_of_the_dense_model():

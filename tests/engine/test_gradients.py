@@ -1,5 +1,7 @@
 """Gradients that are missing, not finite, or of an unusual kind."""
 
+import functools
+
 import pytest
 import torch
 from lives import assert_same_life, is_plus_zero, updates
@@ -196,6 +198,28 @@ def test_gradients_that_do_not_come_from_backward(give):
             side.after_update()
 
     assert_same_life(train)
+
+
+def test_clipping_of_gradients_that_do_not_come_from_backward():
+    """No hook sees them before the clipping does; ``apply_penalty()`` before it masks them."""
+
+    def train(model, side, masks_first):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        for index in updates(side):
+            gradients = torch.autograd.grad(loss_of(model, index, SHAPE), list(model.parameters()))
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            side.after_backward()
+            if masks_first and not side.is_explicit and side.rst.phase == "finetune":
+                side.rst.apply_penalty()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            side.before_update()
+            optimizer.step()
+            side.after_update()
+
+    assert_same_life(functools.partial(train, masks_first=True))
+    with pytest.raises(AssertionError):
+        assert_same_life(functools.partial(train, masks_first=False))
 
 
 def test_gradients_written_over_those_of_an_earlier_backward():

@@ -132,8 +132,8 @@ def check_manages(ticket: Ticket) -> None:
     if not ticket.parameters:
         raise RuntimeError(
             "this scheduler manages no layer: it was removed, or it is a copy made during the transformation, or all"
-            " its layers were replaced. Build a new RSTScheduler on the model; to go on where the copied one was, load the"
-            " state_dict() of that."
+            " its layers were replaced. Build a new RSTScheduler on the model, and load the state_dict() of the one"
+            " that was copied to go on where that was."
         )
 
 

@@ -24,8 +24,10 @@ from .weight import KeptWeight
 
 # They look at rows, columns or means of a weight, which a vector of the kept ones does not have.
 _LOOK_AT_SHAPES = {
-    *("adafactor", "adahessian", "adammini", "adamp", "came", "distributedshampoo", "galoreadamw", "kfac", "muon"),
-    *("sgdp", "shampoo", "sm3", "soap", "sparseadam"),
+    *("adafactor", "adahessian", "adai", "adalite", "adammini", "adamp", "adams", "adatam", "alice", "amos", "avagrad"),
+    *("came", "conda", "dash", "distributedshampoo", "emofact", "galoreadamw", "kfac", "kron", "mars", "muon", "nero"),
+    *("racs", "ranger", "ranger21", "rose", "scion", "scionlight", "sgdp", "sgdsai", "shampoo", "sm3", "soap"),
+    *("sparseadam", "splus", "stableadamw", "tam"),
 }
 
 
