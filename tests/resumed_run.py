@@ -5,6 +5,7 @@ It imports no more than it needs: it is started many times.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -34,21 +35,25 @@ def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
 
-def main(folder: Path, kind: str, kill_after: int | None = None) -> None:
-    """Train to the end, or until so many function calls have been made, whatever is being done then."""
+def main(folder: Path, kind: str, part: str = "training", kill_after: int | None = None) -> None:
+    """Train to the end, or until so many function calls have been made in a part, whatever is being done then."""
     torch.set_num_threads(1)
-    calls = 0
+    calls = {"start": 0, "training": 0}
+    now = "start"
 
     def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == kill_after:
+        calls[now] += 1
+        if now == part and calls[now] == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def at_start() -> None:
+        nonlocal now
+        now = "training"
+
     sys.setprofile(count)
-    train(folder, kind, lambda: (folder / "calls at start").write_text(str(calls)))
+    train(folder, kind, at_start)
     sys.setprofile(None)
-    (folder / "calls").write_text(str(calls))
+    (folder / "calls.json").write_text(json.dumps(calls))
 
 
 def train(folder: Path, kind: str, at_start: Callable[[], object] = lambda: None) -> None:
@@ -59,10 +64,7 @@ def train(folder: Path, kind: str, at_start: Callable[[], object] = lambda: None
     model = make(mlp)
     optimizer = optimizer_of(kind, model)
     rst = RSTScheduler(model, **SETTINGS[kind])
-    update, is_made = (
-        0,
-        False,
-    )  # where we are in the data, and whether that update is made, though not its scheduler step
+    update, is_made = 0, False  # where we are in the data, and whether that update is made, but not its scheduler step
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

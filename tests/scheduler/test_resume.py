@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import random
 import signal
@@ -60,16 +61,18 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(processes, kind,
     undisturbed.mkdir()
     disturbed.mkdir()
     assert run(processes, undisturbed, kind) == 0
-    start, end = (int((undisturbed / name).read_text()) for name in ("calls at start", "calls"))
+    calls = json.loads((undisturbed / "calls.json").read_text())
     expected = torch.load(undisturbed / "end.pt")
     assert expected["rst"]["phase"] == "finetune"
 
     moments = random.Random(kind)
+    # Eight of them after a tenth of the training or so: most of it in all, and never the whole.
+    kills = [("start", moments.uniform(0.3, 0.9)) for _ in range(2)]
+    kills += [("training", moments.uniform(0.06, 0.12)) for _ in range(8)]
+    moments.shuffle(kills)
     phases = []
-    for _ in range(10):
-        assert (
-            run(processes, disturbed, kind, moments.randint(start // 2, start + (end - start) // 8)) == -signal.SIGKILL
-        )
+    for part, share in kills:
+        assert run(processes, disturbed, kind, part, int(share * calls[part])) == -signal.SIGKILL
         assert not (disturbed / "end.pt").exists()
         saved = disturbed / "checkpoint.pt"
         phases.append(torch.load(saved)["rst"]["phase"] if saved.exists() else "nothing saved")
