@@ -24,7 +24,7 @@ class Batch(list["tuple[ManagedParameter, Tensor]"]):
         self._ordinary = [tensor for _, tensor in self if type(tensor) is nn.Parameter and not tensor.is_meta]
         self._made_for: tuple[Any, ...] = ()
         self._masks: list[Tensor | None] = []
-        self.bits: list[Tensor] = []  # of the parameters for which masks() has found one: no change to them is counted
+        self.bits: list[Tensor] = []  # integer views of those for which masks() has found one; they count no versions
 
     def where(self, chosen: Iterable[bool]) -> Batch:
         """Some of them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-_HOPS = 4  # callbacks at the end of backward() until ours is the last: DDP queues one from within another
+_HOPS = 4  # times that our callback queues itself again, to come after those that DDP queues from within its own
 _queue_callback = Variable._execution_engine.queue_callback
 _current_task = torch._C._current_graph_task_id
 
@@ -40,7 +40,7 @@ class _Backward:
 
     def __init__(self, mask: Callable[[Tensor | None], None]) -> None:
         self._mask = weakref.WeakMethod(mask)
-        self.awaited: int | None = None  # the backward pass whose end is waited for: it stays there if that raises
+        self.awaited: int | None = None  # the backward pass whose end is waited for; left over if that has raised
 
     def at_first(self, parameter: Tensor) -> None:
         task, compiled = _current_task(), sys.modules.get("torch._dynamo.compiled_autograd")

@@ -52,7 +52,7 @@ class CapturedPenalty:
             raise RuntimeError("step() was called while a CUDA graph is captured: call it after the graph's replay()")
 
     def masks_change(self) -> None:
-        """Where masks change: a graph goes on with the memory that it has seen."""
+        """Call it where masks change: a captured graph goes on with the old ones."""
         self._ready.clear()
         if self.is_captured:
             self.is_captured = False

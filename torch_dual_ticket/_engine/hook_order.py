@@ -2,7 +2,7 @@
 
 torch runs global hooks farthest from the step: ours would come before a clipping that is a pre-hook, and after an
 average that is a post-hook. So the last pre-hook and the first post-hook are paired with ours, each under its own key:
-a further key would be an error in the step of an optimizer whose hooks go away while they run.
+torch walks over these dictionaries while hooks run, and a key that is added meanwhile is an error if another goes away.
 """
 
 from __future__ import annotations

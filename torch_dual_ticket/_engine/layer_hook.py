@@ -25,7 +25,8 @@ class LayerHook(prune.BasePruningMethod):
     """Registered with the ticket, as compiled code ignores hooks that are added later; idle until ``finalize()``."""
 
     PRUNING_TYPE = "unstructured"
-    # The layer's mode at the last forward, None in a new copy: where it changes, weights are exchanged or merged.
+    # The layer's mode at the last forward, None in a new copy. Averages and adapters are put in where it changes, often
+    # through .data, which changes no stamp.
     _was_training: bool | None = None
 
     def __init__(self, ticket: Ticket, managed: ManagedParameter, occurrence: Any) -> None:
@@ -110,7 +111,7 @@ class LayerHook(prune.BasePruningMethod):
         # As RemovableHandle does: a hook that is registered later must not take this one's place.
         RemovableHandle.next_id = max(RemovableHandle.next_id, self._occurrence.hook_id + 1)
         if parameter is not None:
-            self.managed.stamp = (parameter._cdata, 0, -1)  # known, but not known to be clean
+            self.managed.stamp = (parameter._cdata, 0, -1)  # the right tensor, whose zeros are still to be checked
             # Not only at the first forward: a child that its parent never calls has none, and clipping comes before
             # the first step.
             self.ticket.connect(self.managed, parameter)

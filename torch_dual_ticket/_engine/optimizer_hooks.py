@@ -89,7 +89,7 @@ def _held(ticket: Ticket, optimizer: Optimizer) -> Batch:
 
 
 def _ids(ticket: Ticket, held: Batch) -> list[int]:
-    """Of the ticket's tensors; where the optimizer has nothing of the model, one stands for all."""
+    """Of the ticket's tensors; of the first alone where the optimizer has none, so that its steps stay cheap."""
     return [id(managed.tensor()) for managed in (ticket.parameters if held else ticket.parameters[:1])]
 
 
@@ -203,7 +203,7 @@ def _with_penalty(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[
         for ticket, held in _begin_update(_find(optimizer), optimizer):
             serial = ticket.updates.serial
             since = before.get(id(ticket), serial)
-            if serial > since:  # by the closure itself: it may be that of a step around this one, handed down
+            if serial > since:  # penalized within closure(): super().step() was given the outer step's wrapped one
                 held = held.where(one.penalized_at <= since for one, _ in held)
             penalized = ticket.penalize(held, optimizer)
             if isinstance(optimizer, LBFGS):  # its line search compares losses

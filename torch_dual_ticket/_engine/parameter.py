@@ -28,7 +28,7 @@ class WeakOccurrence:
         self.tensor_name, self.attribute = tensor_name, attribute
         self.hook_id = hook_id  # of the forward pre-hook on the layer
 
-    def is_in_place(self, inside: Collection[nn.Module] | None) -> bool:
+    def is_attached(self, inside: Collection[nn.Module] | None) -> bool:
         """Whether the layer still has its hook, and lives ``inside`` the model with what registers the parameter."""
         layer, owner = self.layer(), self.owner()
         if layer is None or self.hook_id not in layer.__dict__.get("_forward_pre_hooks", {}):
@@ -95,9 +95,9 @@ class ManagedParameter:
         """The first layer that uses the parameter and still exists."""
         return next((layer for one in self.occurrences if (layer := one.layer()) is not None), None)
 
-    def is_in_place(self, inside: Collection[nn.Module] | None = None) -> bool:
+    def is_attached(self, inside: Collection[nn.Module] | None = None) -> bool:
         """Whether a layer that uses it still has its hook, and is ``inside`` the model, where its modules are given."""
-        return any(occurrence.is_in_place(inside) for occurrence in self.occurrences)
+        return any(occurrence.is_attached(inside) for occurrence in self.occurrences)
 
     def disconnect(self) -> None:
         """Remove the hook on the gradient."""

@@ -29,7 +29,7 @@ def add_penalty(
     update, serial = updates.number, updates.serial + 1
     grads: list[Tensor] = []  # of simple parameters, in the order of these three
     weights: list[Tensor] = []
-    gone: list[Tensor] = []
+    masked: list[Tensor] = []
     others: dict[bool, list[tuple[ManagedParameter, Tensor, Tensor]]] = defaultdict(list)  # True: to be maximized
     penalized: list[tuple[ManagedParameter, Tensor]] = []
     for entry, group, mask in zip(batch, batch.groups, batch.masks(masks, holds=False), strict=True):
@@ -47,13 +47,13 @@ def add_penalty(
         else:
             grads.append(grad)
             weights.append(parameter)
-            gone.append(mask)
+            masked.append(mask)
     updates.serial = serial
     if penalized:
         scale = getattr(optimizer, "grad_scale", None)  # which GradScaler leaves to a fused optimizer to undo
         factor = factor if scale is None else scale * factor
         if isinstance(factor, Tensor) or factor != 0:
-            add_scaled_all_(grads, weights, gone, factor)
+            add_scaled_all_(grads, weights, masked, factor)
             for maximizes, entries in others.items():
                 pieces: Any = (
                     piece

@@ -122,12 +122,12 @@ class Ticket:
         self.captured.masks_change()
         managed = self.managed()
         for _, parameter in managed:
-            increment_version(local(parameter))  # a backward() that needs them as they were is to say so
+            increment_version(local(parameter))  # a backward() through the old values must raise
         self.zero(managed.where(not parameter.is_meta for _, parameter in managed), masks)
         self.updates.number += 1  # gradients that were penalized are to be masked
         self.stage = Stage(Phase.FINETUNE, masks, steps=steps, report=report)  # the switch
         self.mask_gradients(managed)
-        self.updates.number += 1  # they may still be written to without a trace
+        self.updates.number += 1  # and once more before the update: until then .data may change them unseen
         torch.clear_autocast_cache()  # it may hold casts of the weights as they were
 
     def release(self) -> None:
@@ -152,7 +152,7 @@ class Ticket:
 
     def detach_lost(self, inside: Collection[nn.Module] | None = None) -> list[str]:
         """Detach parameters whose layers are gone, or not ``inside`` the model any more, and return their names."""
-        lost = [managed for managed in self.parameters if not managed.is_in_place(inside)]
+        lost = [managed for managed in self.parameters if not managed.is_attached(inside)]
         for managed in lost:
             self.detach(managed)
         return [managed.name for managed in lost]
@@ -202,7 +202,7 @@ class Ticket:
         managed = self.managed()
         if all(parameter.grad is None for _, parameter in managed):
             return False
-        # A new update; but what comes after a scheduler step may be the update of before, which is still on its way.
+        # A new update begins here, and not in step(): the one before may be made after that.
         self.updates.number += self.holds or (self.manual and not self.updates.silenced)
         self.manual = self.updates.silenced = True
         if self.holds:
@@ -218,7 +218,8 @@ class Ticket:
     def zero(self, batch: Batch, masks: Mapping[str, Mask] | None = None) -> None:
         """Set the masked weights to zero, by default those of the masks that apply now.
 
-        backward() does not notice: they should be zero already, or what made them something else has been counted.
+        No version is counted for that, so a backward() through them does not complain: they were zero when it saved
+        them, or whatever has changed them since was counted.
         """
         self.enforcement.clear(batch, self.stage.masks if masks is None else masks)
         for one, parameter in batch:  # after all changes: views of one tensor share a version
@@ -246,7 +247,7 @@ class Ticket:
         forward in another mode, as averages and merged adapters are for evaluation.
         """
         parameter = None if self.is_released else managed.tensor()
-        if parameter is None and managed.is_in_place():
+        if parameter is None and managed.is_attached():
             managed.check_present()
         # What functional_call puts in is the caller's own. A fake tensor has no values: torch.export traces with it.
         if not isinstance(parameter, nn.Parameter) or isinstance(parameter, FakeTensor):
@@ -308,7 +309,7 @@ class Ticket:
     def note_update(self, optimizer: Optimizer) -> None:
         """A step of the optimizer is over."""
         if self.updates.complete(optimizer) and self._after_each is not None:
-            self._after_each(self, self.updates.by[id(optimizer)])
+            self._after_each(self, self.updates.count_by_optimizer[id(optimizer)])
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ class Updates:
         self.serial_at_step = 0  # the same, at the last scheduler step
         self.silenced = False  # apply_penalty() stands in for the optimizer hook until the next scheduler step
         self.pending = False
-        self.ever = False
-        self.by: Counter[int] = Counter()  # updates since the last scheduler step, by the id of the optimizer
+        self.any_so_far = False
+        self.count_by_optimizer: Counter[int] = Counter()  # since the last scheduler step, by id
         self._begun: int | None = None  # id of the optimizer whose step is about to apply the penalty
         self._found_inf: Tensor | None = None  # 0 if one of the updates since the last scheduler step was not void
         self._outcomes: list[AsyncScalar] = []  # of scheduler steps that counted without knowing
@@ -41,7 +41,7 @@ class Updates:
         if self._begun != id(optimizer):
             return False
         self._begun = None
-        self.by[id(optimizer)] += 1
+        self.count_by_optimizer[id(optimizer)] += 1
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler where a fused optimizer skips the step
         if found_inf is None:
             self.note()
@@ -51,7 +51,7 @@ class Updates:
 
     def note(self) -> None:
         """An update has applied the penalty."""
-        self.pending = self.ever = True
+        self.pending = self.any_so_far = True
 
     def settle(self, *, wait: bool) -> bool:
         """Whether a scheduler step counts now; with ``wait`` that is certain, but may wait for the device."""
@@ -66,20 +66,20 @@ class Updates:
             self._void += bool(outcome.values.item())
         if self.pending and self._void:
             self.pending, self._void = False, self._void - 1
-        self.ever = self.ever or self.pending
+        self.any_so_far = self.any_so_far or self.pending
         return self.pending
 
     def begin_step(self) -> None:
         """Begin the next scheduler step."""
-        # What apply_penalty() has done may be of an update that is still on its way.
+        # Gradients that apply_penalty() has penalized stay marked: their update may be made after this.
         self.number += self.pending and not self.silenced
         self.serial_at_step, self.silenced, self.pending = self.serial, False, False
-        self.by.clear()
+        self.count_by_optimizer.clear()
         self._begun = None
 
     def resume(self, *, pending: bool) -> None:
         """Go on from a saved state: what was applied here before counts no more."""
         self.number += 1
         self.begin_step()
-        self.pending = self.ever = pending
+        self.pending = self.any_so_far = pending
         self._found_inf, self._outcomes, self._void = None, [], 0

@@ -35,7 +35,7 @@ class Advice:
         """Call it at each scheduler step, with their number before and after, while the ticket knows the updates."""
         if before == after or after > self._time or (self._rates and after < self._time):
             return
-        updates = ticket.updates.by
+        updates = ticket.updates.count_by_optimizer
         found = [(one, held, made) for one, held in held_by(ticket) if (made := updates[id(one)])]
         first, groups = self._rates, [group for _, held, _ in found for group in held.groups]
         self._rates = first or [group.get("lr") for group in groups]

@@ -40,14 +40,14 @@ class MissingPenalty:
         """Call it at each scheduler step, with the parameters that got no penalty since the last one."""
         if self._is_said:
             return
-        if ticket.updates.ever and not unpenalized:  # as in most steps
+        if ticket.updates.any_so_far and not unpenalized:  # as in most steps
             self._versions, self._sample = {}, {}
             return
         is_overdue = reads = False
         before = self._versions
         found = ((one.name, one.tensor()) for one in unpenalized)
         self._versions = {name: version(p) for name, p in found if p is not None and p.requires_grad}
-        if not ticket.updates.ever:
+        if not ticket.updates.any_so_far:
             self._idle_steps += 1
             if self._idle_steps == 1:
                 self._elsewhere = optimizer_hooks.steps_elsewhere

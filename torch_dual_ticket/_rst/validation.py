@@ -141,7 +141,7 @@ def check_trained(ticket: Ticket, steps: int) -> None:
     """There is something to finalize, it can be reached, and an update applied the penalty."""
     check_manages(ticket)
     ticket.updates.settle(wait=True)
-    if not (steps or ticket.updates.ever):
+    if not (steps or ticket.updates.any_so_far):
         raise RuntimeError(
             "finalize() was called but no update ever applied the penalty. Train first: optimizer.step() with an"
             " optimizer that holds the model's own parameters, then rst.step(); if your updates are not a"
@@ -174,7 +174,7 @@ def check_untied(ticket: Ticket) -> None:
     names: dict[int, str] = {}
     inside = modules_of(ticket)
     for managed, tensor in ticket.managed():
-        other = names.setdefault(id(tensor), managed.name) if managed.is_in_place(inside) else managed.name
+        other = names.setdefault(id(tensor), managed.name) if managed.is_attached(inside) else managed.name
         if other != managed.name:
             raise RuntimeError(
                 f"{other} and {managed.name} were tied after the scheduler was built, and have two masks. Tie them"
