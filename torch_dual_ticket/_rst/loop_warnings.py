@@ -68,7 +68,7 @@ class MissingPenalty:
         what = f"{', '.join(changed[:3])} changed" if changed else f"step() was called {self._idle_steps:,} times"
         others = (
             "something that is not a torch.optim.Optimizer holding the model's own parameters (master weights, an"
-            " optimizer of another library or of another model)"
+            " optimizer of another library or of another model, one with an optimizer in it that made no step)"
             if ticket.optimizer is None
             else "something else than the optimizer that was given to the scheduler"
         )

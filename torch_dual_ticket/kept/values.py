@@ -155,10 +155,9 @@ def values_of(ticket: Ticket) -> KeptValues | None:
 
 
 def check_whole(name: str, parameter: Tensor) -> None:
-    """``RuntimeError`` for a parameter that is not in this process as a whole."""
+    """``RuntimeError`` for a parameter of another type: it may not be in this process as a whole."""
     if type(parameter) is not nn.Parameter:
         raise RuntimeError(
-            f"{name} is a {type(parameter).__name__}, and KeptParameters takes whole parameters alone: FSDP2 and tensor"
-            " parallelism divide the optimizer's state among the ranks already. Build the optimizer on"
-            " model.parameters()."
+            f"{name} is a {type(parameter).__name__}, and KeptParameters takes ordinary parameters alone. Build the"
+            " optimizer on model.parameters(). (FSDP2 and tensor parallelism divide its state among the ranks already.)"
         )
