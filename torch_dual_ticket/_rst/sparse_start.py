@@ -37,7 +37,8 @@ class SparseStart:
             weight = local(parameter)
             if weight.numel() and not weight.is_meta:
                 norms = managed.squared_norms(ticket.mask(managed), parameter, holds=False)  # of masked, and of all
-                counts = torch.stack([weight.count_nonzero().to(norms), *norms, weight.abs().amax().to(norms)])
+                largest = torch.linalg.vector_norm(weight, torch.inf)
+                counts = torch.stack([weight.count_nonzero().to(norms), *norms, largest.to(norms)])
                 self._counts.append((weight.numel(), AsyncScalar(counts)))
 
     def speak(self) -> None:
