@@ -56,7 +56,7 @@ def main(folder: Path, kind: str, part: str = "training", kill_after: int | None
     (folder / "calls.json").write_text(json.dumps(calls))
 
 
-def train(folder: Path, kind: str, at_start: Callable[[], object] = lambda: None) -> None:
+def train(folder: Path, kind: str, at_start: Callable[[], object]) -> None:
     path = folder / "checkpoint.pt"
     checkpoint = torch.load(path) if path.exists() else None
     # Another seed after a restart: that of the masks is in the scheduler's state.

@@ -172,8 +172,8 @@ class RSTScheduler(ManagedMasks):
         It advances only if an update applied the penalty since the last call, so a step that ``GradScaler`` skipped
         does not count. After :meth:`finalize` it does nothing. It warns where no update applies the penalty and, after
         a tenth of the schedule, where the penalty will not do what it is for. ``RuntimeError`` where a target is out of
-        reach (weight_norm has replaced it, say), a CUDA graph is being captured, or this is a copy, made during the
-        transformation, of a scheduler.
+        reach (weight_norm has replaced it, say), a CUDA graph is being captured, or the scheduler is a copy that was
+        made during the transformation.
         """
         ticket, timeline = self._ticket, self._timeline
         if ticket.holds:
@@ -185,7 +185,7 @@ class RSTScheduler(ManagedMasks):
         if unpenalized:
             validation.check_reachable(ticket, stacklevel=3)
         if not ticket.parameters:
-            if not (ticket.is_released or ticket.detached):  # whatever has taken these away knows, or was told
+            if not (ticket.is_released or ticket.detached.issuperset(ticket.stage.masks)):  # it is a copy
                 validation.check_manages(ticket)
             return
         if not (self._steps or self._seed_is_given):

@@ -458,8 +458,11 @@ def test_a_copied_scheduler_that_goes_back_and_is_dropped_leaves_nothing():
     assert_same(model, plain, 0)
 
 
-def test_a_scheduler_copied_during_the_transformation_says_that_it_manages_nothing():
+@pytest.mark.parametrize("detached", [0, 1])
+def test_a_scheduler_copied_during_the_transformation_says_that_it_manages_nothing(detached):
     model, rst = midway()
+    for layer in model[2 : 2 + detached]:
+        prune.remove(layer, "weight")
     duplicate, its_rst = copy.deepcopy((model, rst))
     train(duplicate, range(3))
     for call in (its_rst.step, its_rst.finalize):  # a loop that waits for done would never end

@@ -177,7 +177,7 @@ class DenseState:
             return
         if layer is None or layer.training or is_capturing():  # who trains on from other weights means it
             return
-        if parameter.is_meta:  # it has no values: offloaded, or not loaded yet
+        if parameter.is_meta:  # offloaded: it has no values here
             return
         masked, whole = managed.squared_norms(ticket.mask(managed), parameter, holds=True).tolist()
         if not masked > _DENSE**2 * whole:
